@@ -1,0 +1,74 @@
+"""What runs the model: one protocol, several backends, each imported only when chosen.
+
+A backend holds a model's weights on one device. A rollout is one stream's state on it: the ring, the prompt's keys and
+values. All sizes are known when a rollout is made, so that nothing is allocated in the loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from sfrt.config import ModelConfig, StreamConfig
+from sfrt.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sfrt.ring import ChunkPlan, Ring
+
+BACKENDS = ("torch",)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The patches of one latent frame."""
+
+    rows: int
+    columns: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.columns
+
+    @classmethod
+    def of(cls, model: ModelConfig, stream: StreamConfig) -> Grid:
+        """The grid of a stream's frames: 8 pixels to a latent, patch_size latents to a token."""
+        return cls(stream.height // 8 // model.patch_size[1], stream.width // 8 // model.patch_size[2])
+
+
+class Rollout(Protocol):
+    """One stream on a backend. Tokens are float32 [L, P] on the backend's device."""
+
+    def set_text(self, embeds: Tensor) -> None:
+        """Take a prompt, [text_len, text_dim]; its keys and values are made here, once."""
+
+    def place(self, plan: ChunkPlan) -> None:
+        """Move on to the chunk of this plan: where the coming passes write and what they see."""
+
+    def flow(self, tokens: Tensor, timestep: float) -> Tensor:
+        """One denoising pass: the flow at each token, [L, P]."""
+
+    def refresh(self, tokens: Tensor, timestep: float) -> None:
+        """The refresh pass: leave the keys and values of clean tokens in the ring."""
+
+
+class Backend(Protocol):
+    """A model's weights, ready to run on one device."""
+
+    device: torch.device
+
+    def rollout(self, grid: Grid, ring: Ring, timesteps: tuple[float, ...]) -> Rollout:
+        """A fresh stream; timesteps are all that its passes will ask for. Raises DeviceError where memory is short."""
+
+
+def load_backend(
+    name: str, config: ModelConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> Backend:
+    """The named backend over a bundle's transformer tensors. Raises ConfigError for an unknown name."""
+    if name == "torch":
+        from sfrt.backends.torch import TorchBackend
+
+        return TorchBackend(config, weights, device, dtype)
+    raise ConfigError(f"no backend is called {name!r}; choose one of: {', '.join(BACKENDS)}")

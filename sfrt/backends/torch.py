@@ -1,0 +1,80 @@
+"""Plain eager torch, on a CPU or a GPU: the backend that the others are measured against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sfrt.backends import Grid
+from sfrt.cache import KVCache
+from sfrt.config import ModelConfig
+from sfrt.ops.linear import pack_for_cpu
+from sfrt.ring import ChunkPlan, Ring
+from sfrt.transformer import Modulation, TextKV, Transformer, rotary_phases
+
+_PACKED_FOR_ROWS = 192  # oneDNN's layout hardly depends on it; about a small chunk's tokens
+
+
+class TorchBackend:
+    """The transformer's weights on one device in one dtype."""
+
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """weights are a bundle's transformer tensors; they are used as they are where device and dtype already fit."""
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        with torch.device("meta"):
+            self.model = Transformer(config)
+        self.model.load_state_dict(weights, strict=True, assign=True)
+        self.model.requires_grad_(False).to(device=device, dtype=dtype)
+        if device.type == "cpu":
+            for part in (self.model.patch_embedding, self.model.text_embedding, self.model.blocks, self.model.head):
+                pack_for_cpu(part, _PACKED_FOR_ROWS)
+
+    @torch.inference_mode()
+    def rollout(self, grid: Grid, ring: Ring, timesteps: tuple[float, ...]) -> TorchRollout:
+        """A fresh stream with its modulation tables made."""
+        cache = KVCache(self.config, ring, grid.tokens, self.device, self.dtype)
+        return TorchRollout(self, grid, cache, {timestep: self._modulation(timestep) for timestep in timesteps})
+
+    def _modulation(self, timestep: float) -> Modulation:
+        table = self.model.modulation(torch.tensor(timestep, device=self.device))
+        return Modulation(table.blocks.to(self.dtype), table.head.to(self.dtype))
+
+
+class TorchRollout:
+    """One stream's ring and prompt on a TorchBackend."""
+
+    def __init__(
+        self, backend: TorchBackend, grid: Grid, cache: KVCache, modulations: dict[float, Modulation]
+    ) -> None:
+        self._backend = backend
+        self._grid = grid
+        self._cache = cache
+        self._modulations = modulations
+        self._text: TextKV
+        self._rotary: Tensor
+
+    @torch.inference_mode()
+    def set_text(self, embeds: Tensor) -> None:
+        self._text = self._backend.model.text_kv(embeds.to(self._backend.device, self._backend.dtype))
+
+    @torch.inference_mode()
+    def place(self, plan: ChunkPlan) -> None:
+        self._cache.place(plan)
+        config, grid = self._backend.config, self._grid
+        self._rotary = rotary_phases(config, plan.frames, grid.rows, grid.columns, self._backend.device)
+
+    @torch.inference_mode()
+    def flow(self, tokens: Tensor, timestep: float) -> Tensor:
+        modulation = self._modulations[timestep]
+        x = tokens.to(self._backend.dtype)
+        return self._backend.model(x, modulation, self._rotary, self._text, self._cache.attend)
+
+    @torch.inference_mode()
+    def refresh(self, tokens: Tensor, timestep: float) -> None:
+        modulation = self._modulations[timestep]
+        x = tokens.to(self._backend.dtype)
+        self._backend.model.refresh(x, modulation, self._rotary, self._text, self._cache.attend, self._cache.write)

@@ -1,0 +1,53 @@
+"""The preallocated key/value ring of one stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sfrt.config import ModelConfig
+from sfrt.ops.attention import attention
+from sfrt.ring import ChunkPlan, Ring
+
+
+class KVCache:
+    """Keys and values of every layer in ring slots, each [layers, slots · tokens, H, d]; written in place, never moved.
+
+    tokens is the number of tokens per latent frame. Between `place` and the next one, every pass writes the same slots.
+    """
+
+    def __init__(self, config: ModelConfig, ring: Ring, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.num_layers, ring.slots * tokens, config.num_heads, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.tokens = tokens
+        self._visible = 0
+        self._runs: tuple[tuple[slice, slice], ...] = ()
+
+    @staticmethod
+    def bytes_needed(config: ModelConfig, ring: Ring, tokens: int, dtype: torch.dtype) -> int:
+        """What a cache of this shape occupies."""
+        return 2 * config.num_layers * ring.slots * tokens * config.dim * dtype.itemsize
+
+    def place(self, plan: ChunkPlan) -> None:
+        """Choose where the coming passes write and what they see."""
+        tokens = self.tokens
+        self._visible = plan.visible * tokens
+        self._runs = tuple(
+            (
+                slice(run.slot * tokens, (run.slot + run.count) * tokens),
+                slice(run.first * tokens, (run.first + run.count) * tokens),
+            )
+            for run in plan.runs
+        )
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write the chunk's k and v ([L, H, d]) to their slots and attend to all that is visible; q and result [L, H, d]."""
+        self.write(layer, k, v)
+        return attention(q, self.k[layer, : self._visible], self.v[layer, : self._visible])
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write the chunk's k and v ([L, H, d]) to their slots."""
+        for slots, rows in self._runs:
+            self.k[layer, slots] = k[rows]
+            self.v[layer, slots] = v[rows]

@@ -1,0 +1,31 @@
+"""The errors sfrt raises on purpose: one clear sentence each, saying what, where and what to do."""
+
+from __future__ import annotations
+
+
+class SfrtError(Exception):
+    """Base of every error a user can cause or cure; the command line prints it and exits with 2."""
+
+
+class ConfigError(SfrtError, ValueError):
+    """A setting is impossible, alone or beside the others."""
+
+
+class CheckpointError(SfrtError):
+    """A published checkpoint cannot be read as the model it should be."""
+
+
+class BundleError(SfrtError):
+    """A bundle on disk is damaged, incomplete or of another version."""
+
+
+class DeviceError(SfrtError):
+    """The device asked for does not exist here or has too little memory."""
+
+
+class MediaError(SfrtError):
+    """A picture or video cannot be read or written."""
+
+
+class PromptError(SfrtError, ValueError):
+    """A prompt is empty or not text."""

@@ -1,0 +1,82 @@
+"""Normals as a pure function of (seed, latent frame, step, element), the same on every device and backend.
+
+The generator is Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the 64-bit
+seed as its key, the one behind Triton's `tl.randn4x`, so that a kernel can make the same numbers in place:
+
+    counter = (element // 4, frame, step, 0)         four 32-bit words
+    key     = (seed mod 2**32, seed // 2**32)
+    normals = Box-Muller of output words (0, 1) and (2, 3): elements 4i … 4i + 3
+
+Elements of a frame are numbered in token layout: token · token_dim + feature, the layout latents keep between the steps.
+Step 0 is the noise a chunk starts from; step k > 0 is what is mixed in before denoising step k.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sfrt.errors import ConfigError
+
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+_UNIFORM_SCALE = 4.6566127342e-10  # just under 2**-31, as in Triton's uint_to_uniform_float
+_SMALLEST_UNIFORM = 1e-7  # keeps the logarithm finite, as in Triton's pair_uniform_to_normal
+
+MAX_SEED = 2**64 - 1
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox 4x32-10 on int64 tensors that hold 32-bit words; the counters broadcast against each other."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _WORD, seed >> 32
+    for _ in range(_ROUNDS):
+        # The product wraps as int64, but its 64 bits are those of the unsigned product.
+        low, high = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((high >> 32) & _WORD) ^ c1 ^ k0,
+            high & _WORD,
+            ((low >> 32) & _WORD) ^ c3 ^ k1,
+            low & _WORD,
+        )
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def chunk_noise(seed: int, frames: range, step: int, tokens: int, token_dim: int, device: torch.device) -> Tensor:
+    """Standard normals for some latent frames at one step, float32 [len(frames)·tokens, token_dim].
+
+    tokens is the number of tokens per latent frame. Raises ConfigError where the seed is no unsigned 64-bit number.
+    """
+    check_seed(seed)
+    elements = tokens * token_dim
+    groups = torch.arange(-(-elements // 4), device=device)
+    frame = torch.arange(frames.start, frames.stop, device=device).unsqueeze(1)
+    c0, c1 = torch.broadcast_tensors(groups, frame)
+    words = philox((c0, c1, torch.full_like(c0, step), torch.zeros_like(c0)), seed)
+    first, second = _normal_pair(words[0], words[1]), _normal_pair(words[2], words[3])
+    normals = torch.stack((*first, *second), dim=-1).flatten(1)
+    return normals[:, :elements].reshape(len(frames) * tokens, token_dim)
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigError unless seed is an integer in [0, 2**64)."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"seed {seed} is out of range; choose an integer from 0 to {MAX_SEED}")
+
+
+def _uniform(word: Tensor) -> Tensor:
+    """A 32-bit word, read as signed and folded to its magnitude, scaled to float32 in [0, 1)."""
+    signed = torch.where(word >= 2**31, word - 2**32, word)
+    return torch.where(signed < 0, -signed - 1, signed).to(torch.float32) * _UNIFORM_SCALE
+
+
+def _normal_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Box-Muller in float32."""
+    radius = torch.sqrt(-2.0 * torch.log(_uniform(first).clamp_min(_SMALLEST_UNIFORM)))
+    angle = (2.0 * math.pi) * _uniform(second)
+    return radius * torch.cos(angle), radius * torch.sin(angle)

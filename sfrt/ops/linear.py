@@ -1,0 +1,42 @@
+"""The matrix products, y = x·Wᵀ + b, with an optional tanh-GELU behind it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Activation = Literal["none", "gelu_tanh"]
+
+
+class Linear(nn.Linear):
+    """nn.Linear with the activation that follows it, so that the two can be one operation. [..., in] → [..., out]."""
+
+    def __init__(self, in_features: int, out_features: int, activation: Activation = "none") -> None:
+        super().__init__(in_features, out_features)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.is_mkldnn:
+            attr, algorithm = ("gelu", "tanh") if self.activation == "gelu_tanh" else ("none", "")
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, attr, [], algorithm)
+            return y
+        y = F.linear(x, self.weight, self.bias)
+        return F.gelu(y, approximate="tanh") if self.activation == "gelu_tanh" else y
+
+    def in_float32(self, x: Tensor) -> Tensor:
+        """The same in float32 for weights kept in less, without the activation: for what is computed once."""
+        return F.linear(x, self.weight.float(), self.bias.float())
+
+
+def pack_for_cpu(module: nn.Module, rows: int) -> None:
+    """Reorder the weights of every Linear below `module` into oneDNN's blocked layout, for products of about `rows` rows.
+
+    Inference on a CPU only. The plain weights are let go, one layer at a time, so the peak is one layer more.
+    """
+    for layer in module.modules():
+        if isinstance(layer, Linear):
+            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+            layer.weight = nn.Parameter(packed, requires_grad=False)

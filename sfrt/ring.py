@@ -1,0 +1,92 @@
+"""Where a chunk is written in the key/value ring, what it sees and which frames those are: pure integers.
+
+Softmax over keys does not depend on their order, so a latent frame may lie in any slot. The first `sink` frames own the
+first slots for good; the others share the rest in turn, so that a new frame overwrites exactly the one that leaves the
+window (arXiv 2506.08009, section 3.5, without its moves: nothing is ever shifted or copied).
+
+    slot   0 … sink-1    sink … window-1
+           sink frames   frame f at sink + (f - sink) mod (window - sink)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sfrt.config import StreamConfig
+from sfrt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring frames of a chunk that lie in neighbouring slots: chunk frames [first, first + count) from `slot` on."""
+
+    first: int
+    slot: int
+    count: int
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """One chunk's place: its absolute latent frames, their slots as runs, and how many slots hold visible frames.
+
+    The visible slots are always the first ones: the ring fills from slot 0 on, and once full it stays full.
+    """
+
+    frames: range
+    runs: tuple[Run, ...]
+    visible: int
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A sink and a rolling region of slots, each one latent frame wide."""
+
+    slots: int
+    sink: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sink < self.slots:
+            raise ConfigError(f"a ring of {self.slots} slots cannot keep {self.sink} sink frames and roll; widen the window")
+
+    def slot(self, frame: int) -> int:
+        """The slot of an absolute latent frame."""
+        if frame < self.sink:
+            return frame
+        return self.sink + (frame - self.sink) % (self.slots - self.sink)
+
+    def plan(self, start: int, count: int) -> ChunkPlan:
+        """The place of frames [start, start + count). Raises ConfigError where the chunk would overwrite itself."""
+        if count < 1 or count > self.slots - min(start, self.sink):
+            raise ConfigError(f"a chunk of {count} frames does not fit a ring of {self.slots} slots with {self.sink} sinks")
+        runs: list[Run] = []
+        for offset in range(count):
+            slot = self.slot(start + offset)
+            if runs and slot == runs[-1].slot + runs[-1].count:
+                runs[-1] = Run(runs[-1].first, runs[-1].slot, runs[-1].count + 1)
+            else:
+                runs.append(Run(offset, slot, 1))
+        return ChunkPlan(range(start, start + count), tuple(runs), min(start + count, self.slots))
+
+    def visible_frames(self, plan: ChunkPlan) -> list[int]:
+        """The absolute latent frames in the visible slots once the plan's chunk is written, by slot."""
+        end = plan.frames.stop
+        rolling = self.slots - self.sink
+        frames = [*range(min(self.sink, end)), *range(max(self.sink, end - rolling), end)]
+        return sorted(frames, key=self.slot)
+
+
+def ring_for(config: StreamConfig, frames: int | None = None) -> Ring:
+    """The smallest ring for a stream: its window, or all `frames` of a limited stream where those are fewer.
+
+    Raises ConfigError for a stream without window and without limit.
+    """
+    if frames is not None and (config.window is None or frames <= config.window):
+        return Ring(max(frames, config.chunk))  # nothing is ever evicted, so no sink is needed
+    if config.window is None:
+        raise ConfigError("a stream without a window keeps every frame; give it a limit, or a window to roll in")
+    return Ring(config.window, config.sink)
+
+
+def chunk_size(config: StreamConfig, *, first_chunk: bool) -> int:
+    """How many latent frames a chunk has; the first of a stream may have fewer."""
+    return config.first_chunk if first_chunk and config.first_chunk is not None else config.chunk
