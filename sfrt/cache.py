@@ -11,13 +11,13 @@ from sfrt.ring import ChunkPlan, Ring
 
 
 class KVCache:
-    """Keys and values of every layer in ring slots, each [layers, slots · tokens, H, d]; written in place, never moved.
+    """Keys and values of every layer in ring slots, each [layers, H, slots · tokens, d]; written in place, never moved.
 
     tokens is the number of tokens per latent frame. Between `place` and the next one, every pass writes the same slots.
     """
 
     def __init__(self, config: ModelConfig, ring: Ring, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.num_layers, ring.slots * tokens, config.num_heads, config.head_dim)
+        shape = (config.num_layers, config.num_heads, ring.slots * tokens, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.tokens = tokens
@@ -42,12 +42,12 @@ class KVCache:
         )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write the chunk's k and v ([L, H, d]) to their slots and attend to all that is visible; q and result [L, H, d]."""
+        """Write the chunk's k and v to their slots and attend to all that is visible; all and the result [L, H, d]."""
         self.write(layer, k, v)
-        return attention(q, self.k[layer, : self._visible], self.v[layer, : self._visible])
+        return attention(q, self.k[layer, :, : self._visible], self.v[layer, :, : self._visible])
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the chunk's k and v ([L, H, d]) to their slots."""
         for slots, rows in self._runs:
-            self.k[layer, slots] = k[rows]
-            self.v[layer, slots] = v[rows]
+            self.k[layer, :, slots] = k[rows].transpose(0, 1)
+            self.v[layer, :, slots] = v[rows].transpose(0, 1)

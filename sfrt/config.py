@@ -6,6 +6,7 @@ No torch here: a configuration can be read, checked and printed on any machine.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from sfrt.errors import ConfigError
 
@@ -122,7 +123,7 @@ def _check_steps(steps: tuple[float, ...]) -> None:
         f"steps {list(steps)} leave (0, {TRAIN_TIMESTEPS}]",
     )
     _require(
-        all(later < earlier for earlier, later in zip(steps, steps[1:])),
+        all(later < earlier for earlier, later in pairwise(steps)),
         f"steps {list(steps)} do not descend; write them from noise to picture, such as 1000,750,500,250",
     )
 
@@ -177,7 +178,8 @@ class WanVaeConfig:
     def __post_init__(self) -> None:
         _require(
             len(self.mean) == len(self.std) == self.latent_channels,
-            f"the VAE has {self.latent_channels} latent channels but statistics for {len(self.mean)} and {len(self.std)}",
+            f"the VAE has {self.latent_channels} latent channels "
+            f"but statistics for {len(self.mean)} and {len(self.std)}",
         )
         _require(
             len(self.temporal_downsample) == len(self.dim_mult) - 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import torch
 
 
@@ -29,4 +30,44 @@ class Stopwatch:
         if isinstance(first, float) and isinstance(last, float):
             return (last - first) * 1e3
         assert isinstance(first, torch.cuda.Event) and isinstance(last, torch.cuda.Event)
-        return first.elapsed_time(last)
+        elapsed: float = first.elapsed_time(last)
+        return elapsed
+
+
+class StreamMeter:
+    """First-frame latency, chunk latency and frame rate of one stream, by the names of the benchmark protocol.
+
+    The clock of the first frame starts when the meter is made: make it just before the session.
+    """
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._ttff_ms = 0.0
+        self._chunks: list[tuple[int, float]] = []
+
+    def add(self, frames: int, chunk_ms: float) -> None:
+        """Count a chunk that has just been delivered: its pixel frames and how long it took."""
+        if not self._chunks:
+            self._ttff_ms = (time.perf_counter() - self._started) * 1e3
+        self._chunks.append((frames, chunk_ms))
+
+    @property
+    def fps(self) -> float:
+        """Pixel frames per second over the steady chunks: all but the first, where there are others."""
+        steady = self._chunks[1:] or self._chunks
+        milliseconds = sum(chunk_ms for _, chunk_ms in steady)
+        return 1e3 * sum(frames for frames, _ in steady) / milliseconds if milliseconds else 0.0
+
+    def summary(self) -> dict[str, object]:
+        """ttff_ms, chunk_ms with p50, p95 and the samples, fps. Needs one chunk at least."""
+        samples = [chunk_ms for _, chunk_ms in self._chunks]
+        p50, p95 = np.percentile(samples, (50, 95))
+        return {
+            "ttff_ms": round(self._ttff_ms, 3),
+            "chunk_ms": {
+                "p50": round(float(p50), 3),
+                "p95": round(float(p95), 3),
+                "samples": [round(sample, 3) for sample in samples],
+            },
+            "fps": round(self.fps, 3),
+        }

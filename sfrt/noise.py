@@ -7,7 +7,7 @@ seed as its key, the one behind Triton's `tl.randn4x`, so that a kernel can make
     key     = (seed mod 2**32, seed // 2**32)
     normals = Box-Muller of output words (0, 1) and (2, 3): elements 4i … 4i + 3
 
-Elements of a frame are numbered in token layout: token · token_dim + feature, the layout latents keep between the steps.
+Elements of a frame are numbered in token layout, token · token_dim + feature, which latents keep between the steps.
 Step 0 is the noise a chunk starts from; step k > 0 is what is mixed in before denoising step k.
 """
 
@@ -47,20 +47,19 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return c0, c1, c2, c3
 
 
-def chunk_noise(seed: int, frames: range, step: int, tokens: int, token_dim: int, device: torch.device) -> Tensor:
-    """Standard normals for some latent frames at one step, float32 [len(frames)·tokens, token_dim].
+def chunk_noise(seed: int, frames: range, steps: range, tokens: int, token_dim: int, device: torch.device) -> Tensor:
+    """Standard normals for some latent frames at some steps, float32 [steps, frames · tokens, token_dim].
 
     tokens is the number of tokens per latent frame. Raises ConfigError where the seed is no unsigned 64-bit number.
     """
     check_seed(seed)
     elements = tokens * token_dim
-    groups = torch.arange(-(-elements // 4), device=device)
-    frame = torch.arange(frames.start, frames.stop, device=device).unsqueeze(1)
-    c0, c1 = torch.broadcast_tensors(groups, frame)
-    words = philox((c0, c1, torch.full_like(c0, step), torch.zeros_like(c0)), seed)
-    first, second = _normal_pair(words[0], words[1]), _normal_pair(words[2], words[3])
-    normals = torch.stack((*first, *second), dim=-1).flatten(1)
-    return normals[:, :elements].reshape(len(frames) * tokens, token_dim)
+    element = torch.arange(-(-elements // 4), device=device)
+    frame = torch.arange(frames.start, frames.stop, device=device).view(-1, 1)
+    step = torch.arange(steps.start, steps.stop, device=device).view(-1, 1, 1)
+    words = philox((element, frame, step, torch.zeros_like(step)), seed)
+    normals = torch.stack((*_normal_pair(*words[:2]), *_normal_pair(*words[2:])), dim=-1).flatten(2)
+    return normals[..., :elements].reshape(len(steps), len(frames) * tokens, token_dim)
 
 
 def check_seed(seed: int) -> None:

@@ -18,7 +18,7 @@ from sfrt.errors import ConfigError
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring frames of a chunk that lie in neighbouring slots: chunk frames [first, first + count) from `slot` on."""
+    """Neighbouring frames of a chunk in neighbouring slots: its frames [first, first + count), from `slot` on."""
 
     first: int
     slot: int
@@ -46,7 +46,9 @@ class Ring:
 
     def __post_init__(self) -> None:
         if not 0 <= self.sink < self.slots:
-            raise ConfigError(f"a ring of {self.slots} slots cannot keep {self.sink} sink frames and roll; widen the window")
+            raise ConfigError(
+                f"a ring of {self.slots} slots cannot keep {self.sink} sink frames and roll; widen the window"
+            )
 
     def slot(self, frame: int) -> int:
         """The slot of an absolute latent frame."""
@@ -57,7 +59,9 @@ class Ring:
     def plan(self, start: int, count: int) -> ChunkPlan:
         """The place of frames [start, start + count). Raises ConfigError where the chunk would overwrite itself."""
         if count < 1 or count > self.slots - min(start, self.sink):
-            raise ConfigError(f"a chunk of {count} frames does not fit a ring of {self.slots} slots with {self.sink} sinks")
+            raise ConfigError(
+                f"a chunk of {count} frames does not fit a ring of {self.slots} slots with {self.sink} sinks"
+            )
         runs: list[Run] = []
         for offset in range(count):
             slot = self.slot(start + offset)

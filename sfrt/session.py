@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sfrt.backends import Grid, Rollout
 from sfrt.config import ModelConfig, StreamConfig
-from sfrt.decoders import Decoder
+from sfrt.decoders import LoadedDecoder
 from sfrt.metrics import Stopwatch
 from sfrt.noise import chunk_noise
 from sfrt.ops.denoise import predict_x0, renoise
@@ -23,7 +23,7 @@ from sfrt.ring import ChunkPlan, Ring, chunk_size
 from sfrt.timesteps import Step, steps_of
 
 NoiseSource = Callable[[range, int], Tensor]
-"""(absolute latent frames, step) → float32 normals [frames · tokens, token_dim] on the stream's device."""
+"""(absolute latent frames, number of steps) → float32 normals [steps, frames · tokens, token_dim] on the device."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Chunk:
 def philox_noise(seed: int, grid: Grid, model: ModelConfig, device: torch.device) -> NoiseSource:
     """The noise every stream uses unless it is given another: see sfrt.noise."""
 
-    def normals(frames: range, step: int) -> Tensor:
-        return chunk_noise(seed, frames, step, grid.tokens, model.token_dim, device)
+    def normals(frames: range, steps: int) -> Tensor:
+        return chunk_noise(seed, frames, range(steps), grid.tokens, model.token_dim, device)
 
     return normals
 
@@ -69,7 +69,7 @@ class Stage:
     rollout: Rollout
     ring: Ring
     noise: NoiseSource
-    decoder: Decoder | None
+    decoder: LoadedDecoder | None
 
 
 class Session:
@@ -79,8 +79,10 @@ class Session:
     never pays for its last.
     """
 
-    def __init__(self, stage: Stage, embeds: Tensor, *, initial: Tensor | None = None, limit: int | None = None) -> None:
-        """embeds is the prompt, [text_len, text_dim]; initial are latents [T, C, h, w] to go on from; limit counts chunks."""
+    def __init__(
+        self, stage: Stage, embeds: Tensor, *, initial: Tensor | None = None, limit: int | None = None
+    ) -> None:
+        """embeds is the prompt, [text_len, text_dim]; initial, latents [T, C, h, w] to go on from; limit, of chunks."""
         self._stage = stage
         self._limit = limit
         self._index = 0
@@ -89,7 +91,7 @@ class Session:
         self._decoder_state: Any = None
         self._closed = False
         self.initial_frames: npt.NDArray[np.uint8] | None = None
-        """The given picture or clip as the decoder renders it, uint8 [F, H, W, 3]; the first chunk goes on from here."""
+        """The given start as the decoder renders it, uint8 [F, H, W, 3]; the first chunk goes on from here."""
         stage.rollout.set_text(embeds)
         if initial is not None:
             self._start_from(initial)
@@ -97,7 +99,9 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __iter__(self) -> Session:
@@ -146,11 +150,12 @@ class Session:
 
     def _denoise(self, plan: ChunkPlan, steps: tuple[Step, ...]) -> Tensor:
         """From noise to clean tokens, float32 [frames · tokens, token_dim]."""
-        noise, rollout = self._stage.noise, self._stage.rollout
-        x = noise(plan.frames, 0)
+        rollout = self._stage.rollout
+        noise = self._stage.noise(plan.frames, len(steps))
+        x = noise[0]
         for number, step in enumerate(steps, start=1):
             x0 = predict_x0(x, rollout.flow(x, step.timestep), step)
-            x = renoise(x0, noise(plan.frames, number), step) if step.next_sigma else x0
+            x = renoise(x0, noise[number], step) if step.next_sigma else x0
         return x
 
     def _decode(self, latents: Tensor) -> npt.NDArray[np.uint8]:

@@ -1,7 +1,7 @@
 """The few-step schedule as plain numbers: which timestep each step runs at and how its result is mixed on.
 
-Flow matching with 1000 sigmas from 1 down to (not including) 0, moved by the shift s: σ' = s·σ / (1 + (s - 1)·σ), t = 1000·σ'
-(arXiv 2506.08009, section 3.4, and the scheduler its published code uses).
+Flow matching with 1000 sigmas from 1 down to (not including) 0, moved by the shift s: σ' = s·σ / (1 + (s - 1)·σ),
+t = 1000·σ' (arXiv 2506.08009, section 3.4, and the scheduler its published code uses).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sfrt.config import TRAIN_TIMESTEPS, StreamConfig
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising step: x0 = x - sigma·v, then x = (1 - next_sigma)·x0 + next_sigma·noise; the last has next_sigma 0."""
+    """One denoising step: x0 = x - sigma·v, then x = (1 - next_sigma)·x0 + next_sigma·noise; next_sigma ends at 0."""
 
     timestep: float
     sigma: float

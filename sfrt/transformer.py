@@ -1,8 +1,8 @@
 """The causal DiT of Wan 2.1 and its family: tensors in, tensors out (arXiv 2506.08009, section 3.1; arXiv 2503.20314).
 
 It holds no cache and knows no schedule. Tokens carry any leading dimensions; what a pass attends to is decided by the
-`attend` function it is given, so that streaming (a ring of past keys) and training (a mask over a whole clip) run the very
-same blocks. Everything that depends on the timestep alone or on the prompt alone is made by its own method, once.
+`attend` function it is given, so that streaming (a ring of past keys) and training (a mask over a whole clip) run the
+very same blocks. Everything that depends on the timestep alone or on the prompt alone is made by its own method, once.
 
 Shapes: L tokens, D = config.dim, H heads of d = config.head_dim, P = config.token_dim, S text slots.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,8 @@ ROTARY_BASE = 10000.0
 class Modulation:
     """The adaptive norms of one timestep: shift, scale and gate of attention, then of the FFN, for each layer.
 
-    blocks is [layers, 6, …, D] and head [2, …, D] (shift, scale); scales have their 1 added. The dots are nothing when all
-    tokens share a timestep, else dimensions that broadcast against the tokens' leading ones.
+    blocks is [layers, 6, …, D] and head [2, …, D] (shift, scale); scales have their 1 added. The dots are nothing when
+    all tokens share a timestep, else dimensions that broadcast against the tokens' leading ones.
     """
 
     blocks: Tensor
@@ -38,7 +38,7 @@ class Modulation:
 
 @dataclass(frozen=True)
 class TextKV:
-    """Keys and values of the prompt for every layer, each [layers, …, S, H, d]."""
+    """Keys and values of the prompt for every layer, each [layers, …, H, S, d]."""
 
     k: Tensor
     v: Tensor
@@ -72,11 +72,16 @@ class Transformer(nn.Module):
         self.head = Head(config)
 
     def forward(self, tokens: Tensor, modulation: Modulation, rotary: Tensor, text: TextKV, attend: Attend) -> Tensor:
-        """The flow (velocity) at each token, [..., L, P] from [..., L, P], features in the order (patch row, column, channel)."""
+        """The flow (velocity) at each token, [..., L, P] → [..., L, P], features ordered (patch row, column, channel)."""
         x = self.patch_embedding(tokens)
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.layers()):
             x = block(x, layer, modulation.blocks[layer], rotary, text, attend)
-        return self.head(x, modulation.head)
+        flow: Tensor = self.head(x, modulation.head)
+        return flow
+
+    def layers(self) -> list[Block]:
+        """The blocks in order, as what they are."""
+        return cast(list[Block], list(self.blocks))
 
     def refresh(
         self, tokens: Tensor, modulation: Modulation, rotary: Tensor, text: TextKV, attend: Attend, store: Store
@@ -86,7 +91,7 @@ class Transformer(nn.Module):
         That layer's go to `store`; the layers before it leave theirs through `attend`.
         """
         x = self.patch_embedding(tokens)
-        *blocks, last = self.blocks
+        *blocks, last = self.layers()
         for layer, block in enumerate(blocks):
             x = block(x, layer, modulation.blocks[layer], rotary, text, attend)
         store(len(blocks), *last.keys_values(x, modulation.blocks[-1], rotary))
@@ -94,15 +99,16 @@ class Transformer(nn.Module):
     def modulation(self, timesteps: Tensor) -> Modulation:
         """The adaptive norms of timesteps of any shape […], in [0, 1000]; float32 whatever the weights' dtype."""
         embedded = timestep_embedding(timesteps, self.config.freq_dim)
-        embedded = self.time_embedding[1].in_float32(F.silu(self.time_embedding[0].in_float32(embedded)))
+        first, second = cast(list[Linear], list(self.time_embedding))
+        embedded = second.in_float32(F.silu(first.in_float32(embedded)))
         projected = self.time_projection.in_float32(F.silu(embedded)).unflatten(-1, (6, -1)).movedim(-2, 0)
-        blocks = torch.stack([_adaptive(block.modulation, projected, scales=(1, 4)) for block in self.blocks])
+        blocks = torch.stack([_adaptive(block.modulation, projected, scales=(1, 4)) for block in self.layers()])
         return Modulation(blocks, _adaptive(self.head.modulation, embedded.unsqueeze(0), scales=(1,)))
 
     def text_kv(self, embeds: Tensor) -> TextKV:
         """Keys and values of prompt embeddings [..., S, text_dim] for every layer's cross attention."""
         context = self.text_embedding(embeds)
-        pairs = [block.cross_attn.keys_values(context) for block in self.blocks]
+        pairs = [block.cross_attn.keys_values(context) for block in self.layers()]
         return TextKV(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]))
 
 
@@ -148,7 +154,7 @@ class SelfAttention(nn.Module):
         self.o = Linear(config.dim, config.dim)
 
     def qkv_heads(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys (normed over the full width, rotated) and values, each [..., L, H, d], from x [..., L, D]."""
+        """Queries and keys (normed over the full width, rotated) and values, each [..., L, H, d]; x is [..., L, D]."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (self.norm_q(q), self.norm_k(k), v))
         return apply_rotary(q, rotary), apply_rotary(k, rotary), v
@@ -167,14 +173,16 @@ class CrossAttention(nn.Module):
         self.o = Linear(config.dim, config.dim)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [..., S, H, d] from embedded text [..., S, D]."""
+        """Keys and values [..., H, S, d] from embedded text [..., S, D]."""
         k, v = self.kv(context).chunk(2, dim=-1)
-        return self.norm_k(k).unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+        k, v = (part.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for part in (self.norm_k(k), v))
+        return k, v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[..., L, D] from x [..., L, D] and k, v [..., S, H, d]."""
+        """[..., L, D] from x [..., L, D] and k, v [..., H, S, d]."""
         q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
-        return self.o(attention(q, k, v).flatten(-2))
+        out: Tensor = self.o(attention(q, k, v).flatten(-2))
+        return out
 
 
 class Head(nn.Module):
@@ -188,7 +196,8 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         shift, scale = modulation.unbind(0)
-        return self.linear(modulated_norm(x, scale, shift, self.eps))
+        flow: Tensor = self.linear(modulated_norm(x, scale, shift, self.eps))
+        return flow
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -209,8 +218,8 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 def rotary_phases(config: ModelConfig, frames: Sequence[int], rows: int, columns: int, device: torch.device) -> Tensor:
     """Unit complex rotations for the tokens of some latent frames, complex64 [len(frames)·rows·columns, 1, d/2].
 
-    frames are the positions on the frame axis. Of the d/2 pairs of a head the row and the column axis take a third each,
-    rounded down, and the frame axis the rest.
+    frames are the positions on the frame axis. Of the d/2 pairs of a head the row and the column axis take a third
+    each, rounded down, and the frame axis the rest.
     """
     pairs = config.head_dim // 2
     third = pairs // 3

@@ -55,27 +55,30 @@ def scalar_normal(seed: int, frame: int, step: int, element: int) -> float:
     st.integers(1, 13),
 )
 def test_normals_match_the_definition(seed: int, frame: int, step: int, tokens: int, width: int) -> None:
-    noise = chunk_noise(seed, range(frame, frame + 2), step, tokens, width, CPU)
-    assert noise.shape == (2 * tokens, width) and noise.dtype == torch.float32
+    noise = chunk_noise(seed, range(frame, frame + 2), range(step, step + 1), tokens, width, CPU)
+    assert noise.shape == (1, 2 * tokens, width) and noise.dtype == torch.float32
     for row, column in ((0, 0), (tokens - 1, width - 1), (2 * tokens - 1, width // 2)):
         frame_offset, token = divmod(row, tokens)
         expected = scalar_normal(seed, frame + frame_offset, step, token * width + column)
-        assert float(noise[row, column]) == pytest.approx(expected, abs=2e-5)
+        assert float(noise[0, row, column]) == pytest.approx(expected, abs=2e-5)
 
 
 def test_chunking_does_not_change_the_noise() -> None:
-    whole = chunk_noise(7, range(0, 6), 2, 5, 8, CPU)
-    parts = [chunk_noise(7, range(start, start + size), 2, 5, 8, CPU) for start, size in ((0, 1), (1, 3), (4, 2))]
-    assert torch.equal(whole, torch.cat(parts))
+    whole = chunk_noise(7, range(0, 6), range(2, 3), 5, 8, CPU)
+    assert torch.equal(chunk_noise(7, range(0, 6), range(0, 4), 5, 8, CPU)[2:3], whole)
+    parts = [
+        chunk_noise(7, range(start, start + size), range(2, 3), 5, 8, CPU) for start, size in ((0, 1), (1, 3), (4, 2))
+    ]
+    assert torch.equal(whole, torch.cat(parts, dim=1))
 
 
 def test_seed_frame_step_and_element_all_matter_and_the_result_is_normal() -> None:
-    base = chunk_noise(1, range(0, 1), 0, 500, 64, CPU).flatten().double()
+    base = chunk_noise(1, range(0, 1), range(0, 1), 500, 64, CPU).flatten().double()
     others = [
-        chunk_noise(1 + 2**32, range(0, 1), 0, 500, 64, CPU),
-        chunk_noise(2, range(0, 1), 0, 500, 64, CPU),
-        chunk_noise(1, range(1, 2), 0, 500, 64, CPU),
-        chunk_noise(1, range(0, 1), 1, 500, 64, CPU),
+        chunk_noise(1 + 2**32, range(0, 1), range(0, 1), 500, 64, CPU),
+        chunk_noise(2, range(0, 1), range(0, 1), 500, 64, CPU),
+        chunk_noise(1, range(1, 2), range(0, 1), 500, 64, CPU),
+        chunk_noise(1, range(0, 1), range(1, 2), 500, 64, CPU),
     ]
     count = base.numel()
     for other in others:
@@ -88,11 +91,11 @@ def test_seed_frame_step_and_element_all_matter_and_the_result_is_normal() -> No
 @pytest.mark.parametrize("seed", [-1, MAX_SEED + 1])
 def test_seeds_out_of_range_are_refused(seed: int) -> None:
     with pytest.raises(ConfigError, match="seed"):
-        chunk_noise(seed, range(1), 0, 1, 4, CPU)
+        chunk_noise(seed, range(1), range(0, 1), 1, 4, CPU)
 
 
 @pytest.mark.gpu
 def test_the_gpu_makes_the_same_noise() -> None:
-    on_cpu = chunk_noise(3, range(2, 5), 1, 100, 64, CPU)
-    on_gpu = chunk_noise(3, range(2, 5), 1, 100, 64, torch.device("cuda"))
+    on_cpu = chunk_noise(3, range(2, 5), range(1, 2), 100, 64, CPU)
+    on_gpu = chunk_noise(3, range(2, 5), range(1, 2), 100, 64, torch.device("cuda"))
     assert torch.allclose(on_gpu.cpu(), on_cpu, atol=1e-5)

@@ -47,9 +47,7 @@ class TorchBackend:
 class TorchRollout:
     """One stream's ring and prompt on a TorchBackend."""
 
-    def __init__(
-        self, backend: TorchBackend, grid: Grid, cache: KVCache, modulations: dict[float, Modulation]
-    ) -> None:
+    def __init__(self, backend: TorchBackend, grid: Grid, cache: KVCache, modulations: dict[float, Modulation]) -> None:
         self._backend = backend
         self._grid = grid
         self._cache = cache
@@ -71,7 +69,8 @@ class TorchRollout:
     def flow(self, tokens: Tensor, timestep: float) -> Tensor:
         modulation = self._modulations[timestep]
         x = tokens.to(self._backend.dtype)
-        return self._backend.model(x, modulation, self._rotary, self._text, self._cache.attend)
+        flow: Tensor = self._backend.model(x, modulation, self._rotary, self._text, self._cache.attend)
+        return flow
 
     @torch.inference_mode()
     def refresh(self, tokens: Tensor, timestep: float) -> None:

@@ -5,17 +5,17 @@ A decoder carries state, so that decoding chunk by chunk gives the very frames o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from sfrt.config import DecoderConfig, TaehvConfig
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
 
 class Decoder(Protocol):
-    """Either autoencoder. Pixels are [B, F, 3, H, W] in [0, 1], latents [B, T, C, h, w], F = 4·T - 3 from a video's start."""
+    """Either autoencoder: pixels [B, F, 3, H, W] in [0, 1], latents [B, T, C, h, w], F = 4·T - 3 from a video's start."""
 
     def decode(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The pixels of these latents and the state to decode the next ones with; state None starts a video."""
@@ -24,21 +24,47 @@ class Decoder(Protocol):
         """The latents of a video from its start, F = 1 + 4·k."""
 
 
+@dataclass(frozen=True)
+class LoadedDecoder:
+    """An autoencoder on its device, in the dtype it runs in; takes and gives any device's and dtype's tensors."""
+
+    module: Decoder
+    device: torch.device
+    dtype: torch.dtype
+
+    def decode(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """As Decoder.decode; pixels come in the dtype it runs in."""
+        return self.module.decode(latents.to(self.device, self.dtype), state)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """As Decoder.encode; latents come in float32."""
+        return self.module.encode(pixels.to(self.device, self.dtype)).float()
+
+
+def decoder_dtype(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype an autoencoder runs in beside a model in `dtype`.
+
+    TAEHV has no norms, so bfloat16's rounding adds up to several per cent of its pixels; it runs in float16, as it was
+    published, where that is fast, and in float32 on a CPU.
+    """
+    if isinstance(config, TaehvConfig) and dtype == torch.bfloat16:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return dtype
+
+
 def load_decoder(
     config: DecoderConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
-) -> Decoder:
-    """The autoencoder that a bundle's decoder tensors are for, ready to run."""
-    import torch
-
+) -> LoadedDecoder:
+    """The autoencoder that these weights are for, ready to run beside a model in `dtype`."""
     with torch.device("meta"):
         if isinstance(config, TaehvConfig):
             from sfrt.decoders.taehv import Taehv
 
-            decoder: Any = Taehv(config)
+            module: Any = Taehv(config)
         else:
             from sfrt.decoders.wan_vae import WanVae
 
-            decoder = WanVae(config)
-    decoder.load_state_dict(weights, strict=True, assign=True)
-    loaded: Decoder = decoder.requires_grad_(False).eval().to(device=device, dtype=dtype)
-    return loaded
+            module = WanVae(config)
+    module.load_state_dict(weights, strict=True, assign=True)
+    dtype = decoder_dtype(config, device, dtype)
+    return LoadedDecoder(module.requires_grad_(False).eval().to(device=device, dtype=dtype), device, dtype)

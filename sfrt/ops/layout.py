@@ -11,7 +11,7 @@ from sfrt.config import ModelConfig
 def tokens_from_latents(latents: Tensor, config: ModelConfig) -> Tensor:
     """[T·rows·columns, token_dim] from [T, C, h, w]; features in the order (patch row, patch column, channel)."""
     _, rows, columns = config.patch_size
-    patches = latents.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # T C R r Q q
+    patches: Tensor = latents.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # T C R r Q q
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(0, 2)
 
 

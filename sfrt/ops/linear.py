@@ -32,7 +32,7 @@ class Linear(nn.Linear):
 
 
 def pack_for_cpu(module: nn.Module, rows: int) -> None:
-    """Reorder the weights of every Linear below `module` into oneDNN's blocked layout, for products of about `rows` rows.
+    """Reorder the weights of every Linear below `module` into oneDNN's blocked layout, for about `rows` rows at a time.
 
     Inference on a CPU only. The plain weights are let go, one layer at a time, so the peak is one layer more.
     """

@@ -1,0 +1,225 @@
+"""Replay golden folders on this machine and compare tensor by tensor: `sfrt verify`.
+
+A golden folder holds case.json beside tensors.safetensors (inputs and outputs in float32 of the published code); what
+case.json says tells which part it is about. schedule.json, where present, holds the published step tables.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sfrt.config import DecoderConfig, TaehvConfig, Umt5Config, WanVaeConfig
+from sfrt.decoders import LoadedDecoder, load_decoder
+from sfrt.decoders.taehv import Taehv
+from sfrt.device import resolve_device, resolve_dtype
+from sfrt.errors import CheckpointError
+from sfrt.text import Umt5Encoder
+from sfrt.timesteps import sigma_table, warp
+from sfrt_export.replay import replay_rollout
+
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+"""Largest relative error ‖out - ref‖ / ‖ref‖ of a tensor that counts as the same."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One compared tensor of one golden folder."""
+
+    case: str
+    tensor: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # a NaN is no pass
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a case is replayed on."""
+
+    backend: str
+    device: torch.device
+    dtype: torch.dtype
+
+
+Pairs = Iterator[tuple[str, Tensor, Tensor]]
+"""(name, what this machine makes, what it should be)"""
+
+
+def verify(
+    folder: str | Path, *, backend: str = "torch", dtype: str = "float32", device: str = "auto"
+) -> Iterator[Check]:
+    """Replay every golden case at or below a folder, yielding each comparison as it is made.
+
+    Raises CheckpointError for a folder without golden cases or with a broken one; ConfigError or DeviceError for a
+    backend, dtype or device that is not to be had.
+    """
+    folder = Path(folder)
+    where = resolve_device(device)
+    machine = Machine(backend, where, resolve_dtype(dtype, where))
+    cases = sorted(file.parent for file in folder.rglob("case.json"))
+    schedules = sorted(folder.rglob("schedule.json"))
+    if not cases and not schedules:
+        raise CheckpointError(
+            f"{folder} has no golden case; give a folder with case.json and tensors.safetensors below it"
+        )
+    for file in schedules:
+        yield from _checks(file.relative_to(folder.parent), TOLERANCES[torch.float32], _schedule(_read_json(file)))
+    for case in cases:
+        yield from _checks(case.relative_to(folder.parent), TOLERANCES[machine.dtype], _replay(case, machine))
+
+
+def _checks(name: Path, tolerance: float, pairs: Pairs) -> Iterator[Check]:
+    for tensor, out, reference in pairs:
+        if out.shape != reference.shape:
+            raise CheckpointError(
+                f"{name}: {tensor} is {list(reference.shape)} there but {list(out.shape)} here; "
+                "the case is inconsistent"
+            )
+        reference = reference.double()
+        error = (out.detach().cpu().double() - reference).norm() / reference.norm().clamp_min(1e-12)
+        yield Check(str(name), tensor, float(error), tolerance)
+
+
+def _replay(case: Path, machine: Machine) -> Pairs:
+    settings = _read_json(case / "case.json")
+    try:
+        tensors = load_file(case / "tensors.safetensors")
+        yield from _part(settings)(case, settings, tensors, machine)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{case} is no complete golden case: {error} is missing or of another kind") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{case} cannot be read ({error}); copy the golden folder again") from None
+
+
+def _part(settings: dict[str, Any]) -> Callable[[Path, dict[str, Any], dict[str, Tensor], Machine], Pairs]:
+    """Which part a case is about, told by a setting that only it has."""
+    parts = {"model": _rollout, "dim_mult": _wan_vae, "num_buckets": _umt5, "weights_recipe": _taehv}
+    for key, part in parts.items():
+        if key in settings:
+            return part
+    raise CheckpointError(f"a case.json with the keys {sorted(settings)} is about no part sfrt knows")
+
+
+def _rollout(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], machine: Machine) -> Pairs:
+    return replay_rollout(case, settings, tensors, machine.backend, machine.device, machine.dtype)
+
+
+@torch.inference_mode()
+def _wan_vae(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], machine: Machine) -> Pairs:
+    config = WanVaeConfig(
+        dim=settings["dim"],
+        latent_channels=settings["z_dim"],
+        dim_mult=tuple(settings["dim_mult"]),
+        num_res_blocks=settings["num_res_blocks"],
+        temporal_downsample=tuple(settings["temporal_downsample"]),
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
+    )
+    vae = _decoder(config, load_file(case / "weights.safetensors"), machine)
+    latents = tensors["latents"]
+    pixels, _ = vae.decode(latents, None)
+    yield "pixels", 2 * pixels - 1, tensors["pixels"]  # sfrt's pixels are in [0, 1], theirs in [-1, 1]
+    state, start = None, 0
+    for name in sorted(name for name in tensors if name.startswith("pixels_chunk")):
+        frames = tensors[name].shape[1]
+        stop = start + (frames + 3) // 4
+        pixels, state = vae.decode(latents[:, start:stop], state)
+        yield name, 2 * pixels - 1, tensors[name]
+        start = stop
+    clip = tensors["encode_pixels"].movedim(1, 2)
+    yield "encode_latents", vae.encode((clip + 1) / 2), tensors["encode_latents"]
+
+
+@torch.inference_mode()
+def _taehv(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], machine: Machine) -> Pairs:
+    shapes = settings["keys"]
+    weights = seeded_weights(shapes, settings["weights_seed"], settings["weights_gain"])
+    taehv = _decoder(_taehv_config(shapes), weights, machine)
+    pixels, _ = taehv.decode(tensors["latents"], None)
+    yield "pixels", pixels, tensors["pixels"]
+    assert isinstance(taehv.module, Taehv)
+    latents = taehv.module.encode_groups(tensors["encode_pixels"].to(machine.device, taehv.dtype))
+    yield "encode_latents", latents, tensors["encode_latents"]
+
+
+def _decoder(config: DecoderConfig, weights: dict[str, Tensor], machine: Machine) -> LoadedDecoder:
+    try:
+        return load_decoder(config, weights, machine.device, machine.dtype)
+    except RuntimeError as error:
+        raise _misfit(error) from None
+
+
+def _taehv_config(shapes: dict[str, list[int]]) -> TaehvConfig:
+    first, second, third, fourth = (shapes[f"decoder.{layer}.weight"][0] for layer in (1, 8, 14, 20))
+    return TaehvConfig(
+        latent_channels=shapes["decoder.1.weight"][1],
+        encoder_width=shapes["encoder.0.weight"][0],
+        decoder_widths=(first, second, third, fourth),
+    )
+
+
+def seeded_weights(shapes: dict[str, list[int]], seed: int, gain: float) -> dict[str, Tensor]:
+    """The weights that a case's recipe means: seeded normals, scaled by fan-in, rounded to bfloat16."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    weights = {}
+    for name in sorted(shapes):
+        shape = tuple(shapes[name])
+        values = generator.standard_normal(shape, dtype=np.float32)
+        values *= np.float32(gain if len(shape) > 1 else 0.1)
+        # Two roundings, as the published values were made: one product by the ratio would round some otherwise.
+        values /= np.float32(math.sqrt(math.prod(shape[1:])))
+        weights[name] = torch.from_numpy(values).bfloat16()
+    return weights
+
+
+@torch.inference_mode()
+def _umt5(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], machine: Machine) -> Pairs:
+    names = ("dim", "dim_attn", "dim_ffn", "num_heads", "num_layers", "num_buckets")
+    config = Umt5Config(vocab_size=settings["vocab"], **{name: settings[name] for name in names})
+    with torch.device("meta"):
+        encoder = Umt5Encoder(config)
+    weights = load_file(case / "weights.safetensors")
+    try:
+        encoder.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise _misfit(error) from None
+    encoder.to(machine.device, machine.dtype)
+    ids, mask = tensors["ids"].to(machine.device), tensors["mask"].to(machine.device)
+    yield "prompt_embeds", encoder(ids, mask), tensors["prompt_embeds"]
+
+
+def _schedule(tables: dict[str, Any]) -> Pairs:
+    for shift, table in tables.items():
+        sigmas = torch.tensor(sigma_table(float(shift))[::50])
+        yield f"shift {shift}: sigmas", sigmas, torch.tensor(table["sigmas_every_50"])
+        yield f"shift {shift}: timesteps", 1000 * sigmas, torch.tensor(table["timesteps_every_50"])
+        warped = torch.tensor([warp(float(step), float(shift)) for step in table["warped"]])
+        yield f"shift {shift}: warped", warped, torch.tensor(list(table["warped"].values()))
+
+
+def _misfit(error: RuntimeError) -> CheckpointError:
+    return CheckpointError(f"the golden weights do not fit: {' '.join(str(error).split())}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON ({error}); copy the golden folder again") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file} is no JSON object; copy the golden folder again")
+    return data

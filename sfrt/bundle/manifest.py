@@ -1,0 +1,150 @@
+"""What manifest.json says: the description of a bundle, read strictly."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from sfrt.bundle.schema import SchemaError, from_json, to_json
+from sfrt.config import ModelConfig, StreamConfig, TaehvConfig, Umt5Config, WanVaeConfig
+from sfrt.errors import BundleError, ConfigError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+
+DTypeName = Literal["float32", "float16", "bfloat16"]
+
+_ADD_TEXT = "export the checkpoint again with --text-encoder FILE and --tokenizer FILE to use prompts"
+HOW_TO_ADD = {
+    "transformer.safetensors": "it is not a whole bundle; export the checkpoint again",
+    "decoder.safetensors": "export the checkpoint again with --taehv FILE or --vae FILE to see pixels",
+    "text_encoder.safetensors": _ADD_TEXT,
+    TOKENIZER: _ADD_TEXT,
+}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Size and SHA-256 of a file, in lower-case hexadecimal."""
+
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.bytes < 0 or not _SHA256.fullmatch(self.sha256):
+            raise ConfigError(f"{self.bytes} bytes with sha256 {self.sha256!r} describe no file")
+
+
+@dataclass(frozen=True)
+class TaehvPart:
+    """decoder.safetensors holds a TAEHV."""
+
+    config: TaehvConfig
+    kind: Literal["taehv"] = "taehv"
+
+
+@dataclass(frozen=True)
+class WanVaePart:
+    """decoder.safetensors holds a Wan 2.1 VAE."""
+
+    config: WanVaeConfig
+    kind: Literal["wan_vae"] = "wan_vae"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle is and holds; manifest.json is this, key by key.
+
+    decoder and text_encoder are None where the bundle has none. dtype is that of the transformer's weights as stored,
+    or of most of them. source describes the files that the bundle was made from, files those it consists of, by name.
+    Raises ConfigError when the parts do not fit each other.
+    """
+
+    name: str
+    family: str
+    model: ModelConfig
+    stream: StreamConfig
+    dtype: DTypeName
+    created_by: str
+    decoder: TaehvPart | WanVaePart | None = None
+    text_encoder: Umt5Config | None = None
+    source: dict[str, FileInfo] = field(default_factory=dict)
+    files: dict[str, FileInfo] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if not _FILE_NAME.fullmatch(name):
+                raise ConfigError(f"{name!r} cannot be a file of a bundle; files lie in the bundle's own folder")
+        if self.decoder is not None and self.decoder.config.latent_channels != self.model.latent_channels:
+            raise ConfigError(
+                f"the decoder reads {self.decoder.config.latent_channels} latent channels "
+                f"but the model makes {self.model.latent_channels}"
+            )
+        if self.text_encoder is not None and self.text_encoder.dim != self.model.text_dim:
+            raise ConfigError(
+                f"the text encoder makes embeddings of {self.text_encoder.dim} "
+                f"but the model reads {self.model.text_dim}"
+            )
+
+    def expected_files(self) -> tuple[str, ...]:
+        """The files that a bundle with these parts consists of, the manifest aside."""
+        names = ["transformer.safetensors"]
+        if self.decoder is not None:
+            names.append("decoder.safetensors")
+        if self.text_encoder is not None:
+            names += ["text_encoder.safetensors", TOKENIZER]
+        return tuple(names)
+
+    def dumps(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps(to_json(self), indent=2) + "\n"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in this file. Raises BundleError that names the file, the key and the way out."""
+    try:
+        data = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except OSError:
+        raise BundleError(f"{path} cannot be read; a bundle is a folder that sfrt export wrote") from None
+    except ValueError as error:
+        raise BundleError(f"{path} is not JSON ({error}); export the checkpoint again") from None
+    _check_version(path, data)
+    try:
+        manifest = from_json(Manifest, data)
+    except SchemaError as error:
+        raise BundleError(f"{path}: {error}; correct it or export the checkpoint again") from None
+    _check_files(path, manifest.files, manifest.expected_files())
+    return manifest
+
+
+def _check_version(path: Path, data: object) -> None:
+    """Before the keys: a newer schema is expected to have others, and that is what to say about it."""
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if type(version) is not int or version < 1:
+        raise BundleError(f"{path}: schema_version is {version!r}, not a whole number from 1; export again")
+    if version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{path}: schema_version is {version} and this sfrt reads up to {SCHEMA_VERSION}; "
+            "update sfrt or export the checkpoint again with it"
+        )
+
+
+def _check_files(path: Path, files: Mapping[str, FileInfo], expected: tuple[str, ...]) -> None:
+    for name in expected:
+        if name not in files:
+            raise BundleError(f"{path}: files.{name} is missing; {HOW_TO_ADD[name]}")
+    for name in files:
+        if name not in expected:
+            raise BundleError(f"{path}: files.{name} belongs to no part of this bundle; export the checkpoint again")
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number of JSON")

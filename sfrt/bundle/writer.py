@@ -1,0 +1,180 @@
+"""Writing a bundle, all of it or nothing: into a hidden folder beside the target, renamed when complete.
+
+Tensors go to disk one by one while their hash is taken, so a model is exported in the memory of its largest tensor. The
+format is that of safetensors (https://github.com/huggingface/safetensors): eight bytes of header length, a JSON header,
+the tensors' bytes; written here because that library wants all tensors in memory before it writes the first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO
+
+from sfrt.bundle import Bundle, Part
+from sfrt.bundle.manifest import MANIFEST, TOKENIZER, FileInfo, Manifest
+from sfrt.errors import BundleError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_DTYPE_NAMES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor whose shape and dtype are known before its values are made."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+class BundleWriter:
+    """A context manager that writes one bundle.
+
+    Add the files, then `finish` with a manifest; leaving the context without it, for whatever reason, leaves nothing
+    behind. Raises BundleError where the target exists, its parent does not, or the disk is full.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self._target = Path(directory)
+        self._work = self._target.parent / f".{self._target.name}.{os.getpid()}.partial"
+        self._files: dict[str, FileInfo] = {}
+
+    def __enter__(self) -> BundleWriter:
+        if self._target.exists() or self._target.is_symlink():
+            raise BundleError(f"{self._target} exists already; choose another output folder or remove it first")
+        if not self._target.parent.is_dir():
+            raise BundleError(f"{self._target.parent} is not a folder; make it first, the bundle goes inside")
+        try:
+            self._work.mkdir()
+        except OSError as error:
+            raise self._failure(error) from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self._work, ignore_errors=True)  # gone already when finish renamed it
+
+    def add_tensors(
+        self,
+        part: Part,
+        tensors: Mapping[str, Tensor | LazyTensor],
+        progress: Callable[[int], object] = lambda count: None,
+    ) -> None:
+        """Write PART.safetensors. Lazy tensors are made one at a time; progress is told the bytes of each.
+
+        Raises BundleError when the disk has too little room, before writing.
+        """
+        name = f"{part}.safetensors"
+        lazy = {key: _as_lazy(value) for key, value in tensors.items()}
+        needed = sum(value.nbytes for value in lazy.values())
+        free = shutil.disk_usage(self._work).free
+        if needed > free:
+            raise BundleError(
+                f"{self._target} needs {needed / 1e9:.1f} GB for {name} and its disk has {free / 1e9:.1f} GB free; "
+                "make room or choose another disk"
+            )
+        try:
+            with (self._work / name).open("wb") as file:
+                self._files[name] = _write_safetensors(file, lazy, progress)
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def add_tokenizer(self, source: str | Path) -> None:
+        """Copy a tokenizer file in."""
+        try:
+            data = Path(source).read_bytes()
+        except OSError as error:
+            raise BundleError(f"the tokenizer {source} cannot be read ({error.strerror}); check its path") from None
+        try:
+            (self._work / TOKENIZER).write_bytes(data)
+        except OSError as error:
+            raise self._failure(error) from None
+        self._files[TOKENIZER] = FileInfo(len(data), hashlib.sha256(data).hexdigest())
+
+    def finish(self, manifest: Manifest) -> Bundle:
+        """Write the manifest, its `files` filled in, and move the bundle to its place.
+
+        Raises BundleError when the files added are not those that the manifest's parts need.
+        """
+        expected = manifest.expected_files()
+        if set(expected) != set(self._files):
+            raise BundleError(
+                f"{self._target} would hold {sorted(self._files)} but its manifest describes {sorted(expected)}; "
+                "add each part's files and no others"
+            )
+        manifest = replace(manifest, files={name: self._files[name] for name in expected})
+        try:
+            (self._work / MANIFEST).write_text(manifest.dumps(), encoding="utf-8")
+            self._work.rename(self._target)
+        except OSError as error:
+            raise self._failure(error) from None
+        return Bundle(self._target, manifest)
+
+    def _failure(self, error: OSError) -> BundleError:
+        return BundleError(
+            f"{self._target} cannot be written ({error.strerror}); nothing was left there, "
+            "make room or choose another place"
+        )
+
+
+def _as_lazy(tensor: Tensor | LazyTensor) -> LazyTensor:
+    if isinstance(tensor, LazyTensor):
+        return tensor
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def _write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, LazyTensor], progress: Callable[[int], object]
+) -> FileInfo:
+    # Wide types first, so that every tensor starts at a multiple of its own item size.
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header: dict[str, object] = {}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[str(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    total = 0
+    for block in _blocks(len(text).to_bytes(8, "little") + text, (tensors[name] for name in order)):
+        digest.update(block)
+        file.write(block)
+        total += block.nbytes
+        progress(block.nbytes)
+    return FileInfo(total, digest.hexdigest())
+
+
+def _blocks(header: bytes, tensors: Iterable[LazyTensor]) -> Iterable[memoryview]:
+    import torch
+
+    yield memoryview(header)
+    for lazy in tensors:
+        tensor = lazy.make()
+        if tuple(tensor.shape) != lazy.shape or tensor.dtype != lazy.dtype:
+            raise ValueError(f"made {tensor.dtype} {tuple(tensor.shape)}, announced {lazy.dtype} {lazy.shape}")
+        yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,61 @@
+"""Which device and dtype a name means on this machine, and how much memory is free there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sfrt.errors import ConfigError, DeviceError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N". Raises DeviceError."""
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"{name!r} is no device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise DeviceError(f"sfrt does not run on {device.type!r} devices; use auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = device.index or 0
+    if index >= count:
+        there = f"there are {count}, numbered from 0" if count else "torch sees no GPU here; `sfrt doctor` says why"
+        raise DeviceError(f"there is no device {name}: {there}")
+    return torch.device("cuda", index)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype called "auto" (bfloat16 on a GPU, float32 on a CPU) or by its name. Raises ConfigError."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ConfigError(f"{name!r} is no dtype sfrt runs in; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can be had on the device now; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def require_memory(needed: int, what: str, device: torch.device) -> None:
+    """Raise DeviceError, saying how much is needed and free, where `needed` bytes cannot be had."""
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise DeviceError(
+            f"{what} needs {needed / 2**30:.2f} GiB on {device} and {free / 2**30:.2f} GiB are free; "
+            "use a smaller resolution, window or dtype, or another device"
+        )

@@ -1,0 +1,162 @@
+"""Opens a bundle, owns its weights on one device, makes sessions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfrt.backends import Backend, Grid, load_backend
+from sfrt.bundle import Bundle, Manifest, resolve_model
+from sfrt.cache import KVCache
+from sfrt.config import StreamConfig
+from sfrt.decoders import LoadedDecoder, load_decoder
+from sfrt.device import require_memory, resolve_device, resolve_dtype
+from sfrt.errors import BundleError, ConfigError, MediaError
+from sfrt.noise import check_seed
+from sfrt.ring import Ring, chunk_size, ring_for
+from sfrt.session import Session, Stage, philox_noise
+from sfrt.text import TextEncoder, Tokenizer, Umt5Encoder
+from sfrt.timesteps import timesteps_of
+
+
+class Runtime:
+    """One model on one device, ready to stream.
+
+        runtime = Runtime()
+        with runtime.session("a red circle moving left on a white background", seed=1) as session:
+            for chunk in session:
+                show(chunk.frames)  # uint8 [F, H, W, 3]
+
+    Attributes: manifest (what the bundle says of itself), stream (its default settings), device, dtype.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        backend: str = "torch",
+        verify: bool = True,
+    ) -> None:
+        """Open a bundle's folder; None is the built-in model.
+
+        device is auto, cpu, cuda or cuda:N; dtype is auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or
+        float16. verify hashes the bundle's files before they are used.
+        Raises BundleError, DeviceError or ConfigError where one of these does not fit.
+        """
+        self._bundle = Bundle.open(resolve_model(model), verify=verify)
+        self.manifest: Manifest = self._bundle.manifest
+        self.stream: StreamConfig = self.manifest.stream
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        require_memory(self._weight_bytes(), f"the model {self.manifest.name!r}", self.device)
+        # A backend may keep the tensors it is given, so they go straight to where they will stay.
+        weights = self._bundle.load("transformer", self.device, self.dtype)
+        self._backend: Backend = load_backend(backend, self.manifest.model, weights, self.device, self.dtype)
+        self._decoder: LoadedDecoder | None = self._load_decoder()
+        self._text: TextEncoder | None = None
+
+    def session(
+        self,
+        prompt: str | Tensor,
+        *,
+        seed: int = 0,
+        initial: str | Path | Tensor | None = None,
+        limit: int | None = None,
+        stream: StreamConfig | None = None,
+    ) -> Session:
+        """A new stream of this model.
+
+        prompt is text, or its embeddings [text_len, text_dim]. The same seed gives the same video. initial is a picture
+        or clip to go on from: a file, or pixels float [F, 3, H, W] in [0, 1] (F is cut to 1 + 4·k). limit is the number
+        of chunks, None for no end. stream replaces the model's settings, e.g. `replace(runtime.stream, window=12)`.
+        Raises PromptError, MediaError, ConfigError or DeviceError.
+        """
+        stream = stream or self.stream
+        check_seed(seed)
+        if limit is not None and limit < 1:
+            raise ConfigError(f"limit is {limit}; ask for at least one chunk")
+        embeds = prompt if isinstance(prompt, Tensor) else self._text_encoder().encode(prompt)
+        latents = None if initial is None else self._encode(initial, stream)
+        grid = Grid.of(self.manifest.model, stream)
+        ring = ring_for(stream, _frames(stream, limit, 0 if latents is None else latents.shape[0]))
+        self._require_cache(ring, grid)
+        stage = Stage(
+            model=self.manifest.model,
+            stream=stream,
+            grid=grid,
+            device=self.device,
+            rollout=self._backend.rollout(grid, ring, timesteps_of(stream)),
+            ring=ring,
+            noise=philox_noise(seed, grid, self.manifest.model, self.device),
+            decoder=self._decoder,
+        )
+        return Session(stage, embeds, initial=latents, limit=limit)
+
+    def _text_encoder(self) -> TextEncoder:
+        """The text encoder, loaded when the first prompt comes; in the dtype it is stored in, whatever the model's."""
+        if self._text is None:
+            config = self.manifest.text_encoder
+            if config is None:
+                raise BundleError(
+                    f"the bundle {self._bundle.path} has no text encoder; "
+                    "export it with --text-encoder and --tokenizer, or pass prompt embeddings"
+                )
+            with torch.device("meta"):
+                encoder = Umt5Encoder(config)
+            weights = self._bundle.load("text_encoder", self.device)
+            encoder.load_state_dict(weights, strict=True, assign=True)
+            tokenizer = Tokenizer(self._bundle.tokenizer_path, self.manifest.model.text_len)
+            self._text = TextEncoder(tokenizer, encoder.requires_grad_(False))
+        return self._text
+
+    def _load_decoder(self) -> LoadedDecoder | None:
+        part = self.manifest.decoder
+        if part is None:
+            return None
+        return load_decoder(part.config, self._bundle.load("decoder", self.device), self.device, self.dtype)
+
+    @torch.inference_mode()
+    def _encode(self, initial: str | Path | Tensor, stream: StreamConfig) -> Tensor:
+        """A picture or clip as latents [T, C, h, w]."""
+        if self._decoder is None:
+            raise BundleError(
+                f"the bundle {self._bundle.path} has no decoder to encode a start with; export it with --taehv or --vae"
+            )
+        if isinstance(initial, Tensor):
+            pixels = initial
+        else:
+            from sfrt.video import read_frames
+
+            pixels = read_frames(initial, height=stream.height, width=stream.width, fps=stream.fps)
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, stream.height, stream.width) or not pixels.is_floating_point():
+            raise MediaError(
+                f"the start is {pixels.dtype} {list(pixels.shape)}; "
+                f"give float pixels [F, 3, {stream.height}, {stream.width}]"
+            )
+        usable = 1 + (len(pixels) - 1) // 4 * 4
+        return self._decoder.encode(pixels[:usable].unsqueeze(0)).squeeze(0)
+
+    def _weight_bytes(self) -> int:
+        """What transformer and decoder occupy in this runtime's dtype."""
+        stored = {"transformer.safetensors": self.manifest.dtype, "decoder.safetensors": "float32"}
+        files = self.manifest.files
+        return sum(
+            files[name].bytes * self.dtype.itemsize // getattr(torch, dtype).itemsize
+            for name, dtype in stored.items()
+            if name in files
+        )
+
+    def _require_cache(self, ring: Ring, grid: Grid) -> None:
+        needed = KVCache.bytes_needed(self.manifest.model, ring, grid.tokens, self.dtype)
+        require_memory(needed, f"a ring of {ring.slots} latent frames of {grid.tokens} tokens", self.device)
+
+
+def _frames(stream: StreamConfig, limit: int | None, initial: int) -> int | None:
+    """How many latent frames a limited stream has in all; None without a limit."""
+    if limit is None:
+        return None
+    return initial + chunk_size(stream, first_chunk=not initial) + (limit - 1) * stream.chunk

@@ -1,0 +1,466 @@
+"""Videos and pictures at the edge of the runtime: frames out to a file or a pipe, a start picture or clip in.
+
+PyAV and Pillow do the work and are imported where they are first needed. Whatever fails on the way becomes a
+MediaError, and what could not be finished is removed unless a player can show it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sfrt.errors import MediaError
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import InputContainer
+    from av.filter import Graph
+
+Frames = Tensor | NDArray[np.uint8]
+"""Delivered frames: uint8 [F, H, W, 3], a tensor or an array."""
+
+STDOUT = "-"
+
+
+class VideoSink(ABC):
+    """Takes the frames of one video. As a context manager it closes itself, also after Ctrl-C."""
+
+    def __init__(self, target: str, width: int, height: int) -> None:
+        self.target = target
+        self._size = (height, width)
+        self._count = 0
+        self._closed = False
+
+    def write(self, frames: Frames) -> bool:
+        """Append uint8 frames [F, H, W, 3]. False: the reader has gone away and wants no more; stop.
+
+        Raises MediaError for frames of another type or size, when writing fails, and after closing.
+        """
+        array = frames.cpu().numpy() if isinstance(frames, Tensor) else frames
+        if self._closed:
+            raise MediaError(f"cannot write to {self.target}: it is closed")
+        if array.dtype != np.uint8 or array.shape[1:] != (*self._size, 3):
+            height, width = self._size
+            raise MediaError(
+                f"cannot write {array.dtype} frames of shape {tuple(array.shape)} to {self.target}; "
+                f"it takes uint8 [F, {height}, {width}, 3]"
+            )
+        self._append(np.ascontiguousarray(array))
+        return True
+
+    def close(self) -> None:
+        """Finish the video; closing twice is harmless. Raises MediaError when it cannot be finished."""
+        if not self._closed:
+            self._closed = True
+            self._finish()
+
+    def __enter__(self) -> VideoSink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            with suppress(MediaError):  # what went wrong first is what the user must hear
+                self.close()
+
+    @abstractmethod
+    def _append(self, frames: NDArray[np.uint8]) -> None:
+        """Write checked frames, contiguous in memory."""
+
+    @abstractmethod
+    def _finish(self) -> None:
+        """Complete the video, or remove what an empty one left behind."""
+
+
+def open_sink(target: str, *, width: int, height: int, fps: int) -> VideoSink:
+    """Open a sink for frames of one size; the ending of the target chooses its kind.
+
+    .mp4 is H.264; .gif loops forever; a name without an ending, or with a slash behind it, is a folder for pictures
+    000000.png, 000001.png …; "-" is raw video (YUV4MPEG2, 4:2:0) on standard output. Files are replaced, but a folder
+    must be new or empty. Raises MediaError when the ending is unknown or the target cannot be written.
+    """
+    if target == STDOUT:
+        return _PipeSink(target, width, height, fps)
+    ending = "" if target.endswith(("/", os.sep)) else Path(target).suffix.lower()
+    if ending == ".mp4":
+        return _Mp4Sink(target, width, height, fps)
+    if ending == ".gif":
+        return _GifSink(target, width, height, fps)
+    if ending == "":
+        return _PngSink(target, width, height)
+    raise MediaError(
+        f"cannot write {target}: unknown ending {ending}; use .mp4, .gif, a folder (no ending) for PNG pictures, "
+        "or - for raw video on standard output"
+    )
+
+
+class _ContainerSink(VideoSink):
+    """A video that PyAV encodes and writes while it grows, to a file or to standard output."""
+
+    format: ClassVar[str]
+    codec: ClassVar[str]
+    pixel_format: ClassVar[str]
+    muxer_options: ClassVar[dict[str, str]] = {}
+    codec_options: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, target: str, width: int, height: int, fps: int) -> None:
+        super().__init__("standard output" if target == STDOUT else target, width, height)
+        av = _pyav(self.target)
+        self._file = None if target == STDOUT else target
+        self._header = b""
+        self._whole_bytes = 0
+        self._time_base = Fraction(1, fps)
+        # Flushed packets: whatever has been muxed is on the disk or down the pipe.
+        options = {"flush_packets": "1", **self.muxer_options}
+        self._container = av.open(self._file or "pipe:1", "w", format=self.format, options=options)
+        try:
+            self._stream = self._container.add_stream(self.codec, rate=fps, options=dict(self.codec_options))
+        except av.codec.codec.UnknownCodecError as error:
+            raise MediaError(
+                f"cannot write {target}: this PyAV lacks {self.codec}; install PyAV's own wheel"
+            ) from error
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, self.pixel_format
+        self._prepare(width, height, fps)
+        self._claim_file()
+        with self._salvaging():
+            self._container.start_encoding()  # writes the header: a bad target fails here, not after the first chunk
+            self._header = b"" if self._file is None else Path(self._file).read_bytes()
+
+    def _append(self, frames: NDArray[np.uint8]) -> None:
+        import av
+
+        with self._salvaging():
+            for array in frames:
+                frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+                frame.pts, frame.time_base = self._count, self._time_base
+                self._encode(frame)
+                self._count += 1
+            if self._file:
+                self._whole_bytes = os.path.getsize(self._file)
+
+    def _finish(self) -> None:
+        if self._count == 0:
+            self._abandon()
+            return
+        with self._salvaging():
+            self._encode(None)
+            self._container.mux(self._stream.encode(None))
+            self._container.close()
+
+    def _encode(self, frame: VideoFrame | None) -> None:
+        """Convert, encode and mux one frame."""
+        for converted in self._convert(frame):
+            self._container.mux(self._stream.encode(converted))
+
+    @contextmanager
+    def _salvaging(self) -> Iterator[None]:
+        """Turn a failure to write into a MediaError, after saving what can be saved."""
+        import av
+
+        try:
+            yield
+        except (OSError, av.FFmpegError) as error:
+            self._closed = True
+            self._abandon()
+            raise _cannot_write(self.target, error) from error
+
+    def _abandon(self) -> None:
+        """Close what is open; cut the file back to what was whole, and remove it if that shows nothing."""
+        import av
+
+        with suppress(OSError, av.FFmpegError):
+            self._container.close()
+        if self._file is None:
+            return
+        with suppress(OSError):
+            with open(self._file, "r+b") as file:
+                file.write(self._header)  # finishing an mp4 rewrites its head, even if the index it names did not fit
+                file.truncate(self._whole_bytes)
+            if not _shows_a_frame(self._file):
+                os.unlink(self._file)
+
+    def _claim_file(self) -> None:
+        """Make the file ours, or leave what is there untouched and say why."""
+        if self._file is None:
+            return
+        try:
+            open(self._file, "wb").close()
+        except OSError as error:
+            raise _cannot_write(self._file, error) from error
+
+    def _prepare(self, width: int, height: int, fps: int) -> None:
+        """Finish the set-up of the stream before its header is written."""
+
+    def _convert(self, frame: VideoFrame | None) -> Iterable[VideoFrame]:
+        """From RGB to what the encoder takes; None is the end of the video."""
+        return () if frame is None else (frame.reformat(format=self.pixel_format),)
+
+
+class _Mp4Sink(_ContainerSink):
+    """H.264 in an MP4 that plays at any moment of its life.
+
+    It is written as fragments of about a second, each complete in itself: after a crash, a kill or a full disk all but
+    the last second plays, where a temporary file to be finished at the end would be lost. A fragmented file lacks an
+    index and shows no duration in some players, so closing adds both in place (hybrid_fragmented), without a copy.
+    """
+
+    format = "mp4"
+    codec = "libx264"
+    pixel_format = "yuv420p"
+    muxer_options: ClassVar[dict[str, str]] = {"movflags": "hybrid_fragmented+frag_keyframe+empty_moov"}
+    # zerolatency: no frames wait inside the encoder, where a crash would take them along.
+    codec_options: ClassVar[dict[str, str]] = {"crf": "18", "preset": "veryfast", "tune": "zerolatency"}
+
+    def _prepare(self, width: int, height: int, fps: int) -> None:
+        if width % 2 or height % 2:
+            raise MediaError(f"cannot write {self.target}: {width}×{height} is odd, and an mp4 needs even sizes")
+        context = self._stream.codec_context
+        context.gop_size = fps  # a fragment begins at each key frame
+        # Untagged, players guess the colours by the size of the picture. 1 is BT.709 (ITU-T H.273), and limited range.
+        context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
+
+    def _convert(self, frame: VideoFrame | None) -> Iterable[VideoFrame]:
+        if frame is None:
+            return ()
+        return (frame.reformat(format=self.pixel_format, dst_colorspace="ITU709"),)
+
+
+class _GifSink(_ContainerSink):
+    """An endless GIF, every frame in the 256 colours that suit it best."""
+
+    format = "gif"
+    codec = "gif"
+    pixel_format = "pal8"
+
+    def _prepare(self, width: int, height: int, fps: int) -> None:
+        from av import VideoFormat
+        from av.filter import Graph
+
+        self._graph = Graph()
+        source = self._graph.add_buffer(
+            width=width, height=height, format=VideoFormat("rgb24"), time_base=self._time_base
+        )
+        split = self._graph.add("split")
+        # A sample of the pixels chooses the palette as well as all of them do, six times as fast at 480 lines.
+        sample = self._graph.add("scale", "w='min(iw,256)':h=-1:flags=neighbor")
+        palette = self._graph.add("palettegen", "stats_mode=single")
+        paint = self._graph.add("paletteuse", "new=1:dither=bayer:bayer_scale=3")
+        source.link_to(split)
+        split.link_to(paint, 0, 0)
+        split.link_to(sample, 1, 0)
+        sample.link_to(palette)
+        palette.link_to(paint, 0, 1)
+        paint.link_to(self._graph.add("buffersink"))
+        self._graph.configure()
+
+    def _convert(self, frame: VideoFrame | None) -> Iterable[VideoFrame]:
+        self._graph.vpush(frame)
+        return _pull(self._graph)
+
+
+class _PipeSink(_ContainerSink):
+    """Raw video on standard output, for a player or another encoder. A reader that leaves is no error."""
+
+    format = "yuv4mpegpipe"
+    codec = "rawvideo"
+    pixel_format = "yuv420p"
+
+    def __init__(self, target: str, width: int, height: int, fps: int) -> None:
+        self._reader_left = False
+        with self._allowing_the_reader_to_leave():
+            super().__init__(target, width, height, fps)
+
+    def write(self, frames: Frames) -> bool:
+        if not self._reader_left:
+            with self._allowing_the_reader_to_leave():
+                super().write(frames)
+        return not self._reader_left
+
+    def _finish(self) -> None:
+        with self._allowing_the_reader_to_leave():
+            super()._finish()
+
+    @contextmanager
+    def _allowing_the_reader_to_leave(self) -> Iterator[None]:
+        try:
+            yield
+        except MediaError as error:
+            if not isinstance(error.__cause__, BrokenPipeError):
+                raise
+            self._reader_left = True
+
+
+class _PngSink(VideoSink):
+    """A folder of numbered pictures."""
+
+    def __init__(self, target: str, width: int, height: int) -> None:
+        super().__init__(target, width, height)
+        self._folder = Path(target)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            taken = any(self._folder.iterdir())
+        except OSError as error:
+            raise _cannot_write(target, error) from error
+        if taken:
+            raise MediaError(f"cannot write pictures to {target}: the folder is not empty; name a new one or clear it")
+
+    def _append(self, frames: NDArray[np.uint8]) -> None:
+        from PIL import Image
+
+        for array in frames:
+            path = self._folder / f"{self._count:06d}.png"
+            try:
+                Image.fromarray(array).save(path, compress_level=1)  # the default level cannot keep up with a stream
+            except OSError as error:
+                self._closed = True
+                path.unlink(missing_ok=True)
+                raise _cannot_write(str(path), error) from error
+            self._count += 1
+
+    def _finish(self) -> None:
+        if self._count == 0:
+            with suppress(OSError):
+                self._folder.rmdir()
+
+
+def read_frames(
+    path: str | os.PathLike[str], *, height: int, width: int, fps: int = 16, max_frames: int | None = None
+) -> Tensor:
+    """Read a picture (one frame) or a clip, brought to the stream's rate, cut around its centre and resized to fit.
+
+    Returns float32 [F, 3, height, width] in [0, 1]; decoding stops after max_frames. Raises MediaError when the file is
+    missing, damaged or no picture at all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MediaError(f"cannot read {path}: there is no such file")
+    frames = _read_picture(path, height, width)
+    if frames is None:
+        frames = _read_clip(path, height, width, fps, max_frames)
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().div(255)
+
+
+def _read_picture(path: Path, height: int, width: int) -> NDArray[np.uint8] | None:
+    """[1, height, width, 3], or None if the file is no still picture."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "is_animated", False):
+                return None
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            fitted = ImageOps.fit(upright, (width, height), method=Image.Resampling.LANCZOS)
+    except UnidentifiedImageError:
+        return None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise MediaError(f"cannot read the picture {path}: {error}") from error
+    return np.array(fitted)[None]
+
+
+def _read_clip(path: Path, height: int, width: int, fps: int, max_frames: int | None) -> NDArray[np.uint8]:
+    """[F, height, width, 3]."""
+    av = _pyav(str(path))
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise MediaError(f"cannot read {path}: there is no picture in it")
+            frames = [frame.to_ndarray() for frame in islice(_fitted(container, height, width, fps), max_frames)]
+    except (OSError, av.FFmpegError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MediaError(f"cannot read {path} as a picture or a video: {reason}") from error
+    if not frames:
+        raise MediaError(f"cannot read {path}: the video has no frames")
+    return np.stack(frames)
+
+
+def _fitted(container: InputContainer, height: int, width: int, fps: int) -> Iterator[VideoFrame]:
+    """The frames of the first video stream, upright, at this rate and size, as RGB."""
+    from av.filter import Graph
+
+    graph = Graph()
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    for frame in container.decode(stream):
+        if not graph.configured:
+            filters = [
+                *_UPRIGHT.get(frame.rotation, ()),
+                ("fps", str(fps)),
+                ("scale", f"{width}:{height}:force_original_aspect_ratio=increase:flags=lanczos"),
+                ("crop", f"{width}:{height}"),
+                ("format", "rgb24"),
+                ("buffersink", ""),
+            ]
+            graph.link_nodes(graph.add_buffer(template=stream), *(graph.add(*each) for each in filters)).configure()
+        graph.vpush(frame)
+        yield from _pull(graph)
+    if graph.configured:
+        graph.vpush(None)
+        yield from _pull(graph)
+
+
+_UPRIGHT = {
+    90: (("transpose", "cclock"),),
+    -90: (("transpose", "clock"),),
+    180: (("hflip", ""), ("vflip", "")),
+    -180: (("hflip", ""), ("vflip", "")),
+}
+"""What turns a frame upright whose file says to turn it by so many degrees counterclockwise, as phones write them."""
+
+
+def _pull(graph: Graph) -> Iterator[VideoFrame]:
+    """The frames that a filter graph has ready."""
+    from av.error import BlockingIOError, EOFError
+
+    with suppress(BlockingIOError, EOFError):
+        while True:
+            yield graph.vpull()
+
+
+def _shows_a_frame(path: str) -> bool:
+    import av
+
+    try:
+        with av.open(path) as container:
+            return any(True for _ in container.decode(video=0))
+    except (OSError, av.FFmpegError, IndexError):
+        return False
+
+
+def _pyav(target: str) -> ModuleType:
+    try:
+        import av
+    except ImportError as error:
+        raise MediaError(f"cannot open {target}: videos need PyAV; install it with `pip install av`") from error
+    return av
+
+
+def _cannot_write(target: str, error: Exception) -> MediaError:
+    number = getattr(error, "errno", None)
+    reason = _REASONS.get(number or 0) or getattr(error, "strerror", None) or str(error)
+    return MediaError(f"cannot write {target}: {reason}")
+
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full; free some space or write elsewhere",
+    errno.EFBIG: "the file has reached the largest size allowed here; write a shorter video or elsewhere",
+    errno.ENOENT: "its folder does not exist; create that first",
+    errno.EEXIST: "a file of that name is in the way; choose another name",
+    errno.EISDIR: "that is a folder; choose another name",
+    errno.EACCES: "writing there is not permitted; choose another place",
+}

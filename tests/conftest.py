@@ -1,0 +1,79 @@
+"""What several test files share: the golden folder, a tiny model, hypothesis' settings, the skipping of GPU tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# A busy machine is slow without being wrong.
+settings.register_profile("sfrt", deadline=None)
+settings.load_profile("sfrt")
+
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in on_gpu:
+        item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Reference inputs and outputs; tests/golden/README.md says what is in it."""
+    return TESTS / "golden"
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole model of the real classes, random weights: 32×48 pixels, chunks of 3 latent frames, window 9, sink 3."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from sfrt.bundle import Manifest, TaehvPart
+    from sfrt.bundle.writer import BundleWriter
+    from sfrt.config import ModelConfig, StreamConfig, TaehvConfig, Umt5Config
+    from sfrt.decoders.taehv import Taehv
+    from sfrt.text import Umt5Encoder
+    from sfrt.transformer import Transformer
+
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "circle", "square", "moving", "left"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path_factory.mktemp("bundles")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    text = Umt5Config(vocab_size=len(words), dim=24, dim_attn=24, dim_ffn=32, num_heads=2, num_layers=1)
+    manifest = Manifest(
+        name="tiny",
+        family="self-forcing",
+        model=ModelConfig(
+            dim=48, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=32, text_dim=24, text_len=12, latent_channels=4
+        ),
+        stream=StreamConfig(chunk=3, window=9, sink=3, height=32, width=48),
+        dtype="float32",
+        created_by="tests",
+        decoder=TaehvPart(TaehvConfig(latent_channels=4, encoder_width=8, decoder_widths=(16, 12, 8, 8))),
+        text_encoder=text,
+    )
+    assert isinstance(manifest.decoder, TaehvPart)
+    torch.manual_seed(0)
+    transformer, decoder = Transformer(manifest.model), Taehv(manifest.decoder.config)
+    for weight in (*transformer.parameters(), *decoder.parameters()):
+        if weight.ndim > 1:  # lively enough for what goes in to show in what comes out
+            torch.nn.init.normal_(weight, std=1.4 / weight[0].numel() ** 0.5)
+    with BundleWriter(folder / "tiny") as writer:
+        writer.add_tensors("transformer", transformer.state_dict())
+        writer.add_tensors("decoder", decoder.state_dict())
+        writer.add_tensors("text_encoder", Umt5Encoder(text).state_dict())
+        writer.add_tokenizer(folder / "tokenizer.json")
+        writer.finish(manifest)
+    return folder / "tiny"

@@ -1,0 +1,469 @@
+"""export/sfrt_export reading side: every published spelling gives the same weights, every fault its own sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sfrt.backends import Grid, load_backend
+from sfrt.config import ModelConfig, StreamConfig, WanVaeConfig
+from sfrt.decoders.wan_vae import WanVae
+from sfrt.errors import CheckpointError, ConfigError
+from sfrt.ops.layout import latents_from_tokens, tokens_from_latents
+from sfrt.ring import ring_for
+from sfrt.text import Umt5Encoder
+from sfrt.transformer import Transformer
+from sfrt_export import spellings
+from sfrt_export.checkpoint import TransformerCheckpoint, load_transformer, plain_name
+from sfrt_export.families import FAMILIES, family_of
+from sfrt_export.layout import module_shapes, module_tensors, published_shapes
+from sfrt_export.parts import load_text_encoder, load_wan_vae
+
+GOLDEN = Path(__file__).parent / "golden"
+WEIGHTS = GOLDEN / "dit" / "weights_d128h2l2.safetensors"
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights() -> Tensors:
+    return load_file(WEIGHTS)
+
+
+def load(path: Path, **options: Any) -> TransformerCheckpoint:
+    return load_transformer(path, heads=2, text_len=24, **options)
+
+
+def prefixed(tensors: Tensors, prefix: str) -> Tensors:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def wrapped_by_fsdp(tensors: Tensors) -> Tensors:
+    """As saved out of FSDP over checkpointed, compiled blocks."""
+    inner = {name.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn."): name for name in tensors}
+    return {f"model._fsdp_wrapped_module._orig_mod.{new}": tensors[name] for new, name in inner.items()}
+
+
+def in_diffusers_names(tensors: Tensors) -> Tensors:
+    """Written out by hand for the golden model, so as not to test a table with itself."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        new = {
+            "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+            "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+            "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+            "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+            "time_projection.1": "condition_embedder.time_proj",
+            "head.head": "proj_out",
+        }.get(name.rpartition(".")[0], "")
+        if new:
+            new += "." + name.rpartition(".")[2]
+        else:
+            new = name.replace("head.modulation", "scale_shift_table").replace("modulation", "scale_shift_table")
+            new = new.replace("self_attn", "attn1").replace("cross_attn", "attn2").replace("norm3", "norm2")
+            new = new.replace("ffn.0", "ffn.net.0.proj").replace("ffn.2", "ffn.net.2")
+            for letter in "qkv":
+                new = new.replace(f".{letter}.", f".to_{letter}.")
+            new = new.replace(".o.", ".to_out.0.")
+        renamed[new] = tensor
+    return renamed
+
+
+SPELLINGS: dict[str, Callable[[Tensors], Any]] = {
+    "flat": lambda w: w,
+    "generator": lambda w: {"generator": prefixed(w, "model.")},
+    "generator beside other things": lambda w: {"generator": prefixed(w, "model."), "step": 600, "critic": {}},
+    "both kinds": lambda w: {"generator": w, "generator_ema": {k: v + 1 for k, v in w.items()}},
+    "only averaged": lambda w: {"generator_ema": prefixed(w, "model.")},
+    "state_dict": lambda w: {"state_dict": prefixed(w, "net.")},
+    "model": lambda w: {"model": w, "epoch": 3},
+    "nested": lambda w: {"state_dict": {"generator": prefixed(w, "model.")}},
+    "fsdp, checkpointing and compile": lambda w: {"generator": wrapped_by_fsdp(w)},
+    "diffusers": in_diffusers_names,
+    "flat with model.": lambda w: prefixed(w, "model."),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_loads_to_the_same_tensors(tmp_path: Path, weights: Tensors, spelling: str) -> None:
+    torch.save(SPELLINGS[spelling](weights), tmp_path / "model.pt")
+    loaded = load(tmp_path / "model.pt")
+    assert loaded.tensors.keys() == weights.keys()
+    assert all(torch.equal(loaded.tensors[name], weights[name]) for name in weights)
+    assert loaded.config == ModelConfig(128, 256, 2, 2, 64, 48, 24)
+
+
+@pytest.mark.parametrize("spelling", ["flat", "diffusers", "flat with model."])
+def test_safetensors_spellings(tmp_path: Path, weights: Tensors, spelling: str) -> None:
+    save_file(SPELLINGS[spelling](weights), tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors")
+    assert all(torch.equal(loaded.tensors[name], weights[name]) for name in weights)
+
+
+def test_which_weights_are_taken(tmp_path: Path, weights: Tensors) -> None:
+    averaged = {name: tensor + 1 for name, tensor in weights.items()}
+    torch.save({"generator": weights, "generator_ema": averaged}, tmp_path / "both.pt")
+
+    def is_ema(**options: Any) -> bool:
+        loaded = load(tmp_path / "both.pt", **options)
+        expected = averaged if loaded.ema else weights
+        assert all(torch.equal(loaded.tensors[name], expected[name]) for name in weights)
+        return loaded.ema
+
+    assert is_ema(prefer_ema=True) and not is_ema(prefer_ema=False)
+    assert is_ema(ema=True, prefer_ema=False) and not is_ema(ema=False, prefer_ema=True)
+    torch.save({"generator": weights}, tmp_path / "raw.pt")
+    assert not load(tmp_path / "raw.pt", prefer_ema=True).ema
+    with pytest.raises(CheckpointError, match=r"raw\.pt has no averaged weights \(generator_ema\)"):
+        load(tmp_path / "raw.pt", ema=True)
+    torch.save({"generator_ema": weights}, tmp_path / "averaged.pt")
+    with pytest.raises(CheckpointError, match=r"averaged\.pt has averaged weights only"):
+        load(tmp_path / "averaged.pt", ema=False)
+
+
+def test_a_diffusers_folder_in_shards(tmp_path: Path, weights: Tensors) -> None:
+    folder = tmp_path / "pipeline" / "transformer"
+    folder.mkdir(parents=True)
+    renamed = sorted(in_diffusers_names(weights).items())
+    files = {}
+    for index, part in enumerate((renamed[:40], renamed[40:]), start=1):
+        file = f"diffusion_pytorch_model-0000{index}-of-00002.safetensors"
+        save_file(dict(part), folder / file)
+        files.update({name: file for name, _ in part})
+    index_file = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index_file.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 2, "attention_head_dim": 64, "eps": 1e-5}))
+    for path in (tmp_path / "pipeline", folder):
+        loaded = load_transformer(path)
+        assert all(torch.equal(loaded.tensors[name], weights[name]) for name in weights)
+        assert (loaded.config.num_heads, loaded.config.eps, loaded.config.text_len) == (2, 1e-5, 512)
+        assert len(loaded.files) == 2
+    index_file.unlink()
+    assert load_transformer(folder).tensors.keys() == weights.keys()
+    save_file({"head.head.bias": weights["head.head.bias"], renamed[0][0]: renamed[0][1]}, folder / "extra.safetensors")
+    with pytest.raises(CheckpointError, match="in more than one file"):
+        load_transformer(folder)
+    index_file.write_text(json.dumps({"weight_map": {"x": "../../outside.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"transformer/outside\.safetensors cannot be read"):
+        load_transformer(folder)
+    index_file.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"index\.json lists no files"):
+        load_transformer(folder)
+
+
+def test_the_old_torch_format(tmp_path: Path, weights: Tensors) -> None:
+    torch.save({"generator": weights}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert load(tmp_path / "old.pt").tensors.keys() == weights.keys()
+    data = (tmp_path / "old.pt").read_bytes()
+    (tmp_path / "old.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=r"old\.pt is truncated or"):
+        load(tmp_path / "old.pt")
+
+
+class Malicious:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path, weights: Tensors, new_format: bool) -> None:
+    target = tmp_path / "was-run"
+    bad = {"generator": weights, "hook": Malicious(target)}
+    torch.save(bad, tmp_path / "bad.pt", _use_new_zipfile_serialization=new_format)
+    with pytest.raises(CheckpointError, match=r"wants to run code when it is read \(posix\.mkdir\), which was not"):
+        load(tmp_path / "bad.pt")
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(bad["hook"]))
+    with pytest.raises(CheckpointError, match="cannot be read without running what is in it, which was not done"):
+        load(tmp_path / "plain.pkl")
+    assert not target.exists()
+
+
+def test_a_whole_pickled_module_is_refused(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(CheckpointError, match="wants to run code"):
+        load(tmp_path / "module.pt")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty; download it again"),
+        (b"just some text, not a model", "is not a checkpoint: neither a safetensors nor a torch file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer, not the file"),
+        (b"PK\x03\x04 cut off", "is truncated: a torch file without its end"),
+        (b"\x80\x02 no pickle", "is damaged, or a pickle"),
+        (b"\xff\x00\x00\x00\x00\x00\x00\x00{}", "is truncated or damaged"),
+        (b"PK\x05\x06" + bytes(18), "is truncated or no torch checkpoint"),
+    ],
+)
+def test_files_that_are_no_checkpoints(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"model\.pt {message}") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_files(tmp_path: Path, weights: Tensors) -> None:
+    torch.save(weights, tmp_path / "model.pt")
+    save_file(weights, tmp_path / "model.safetensors")
+    for name in ("model.pt", "model.safetensors"):
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[:-100])
+        with pytest.raises(CheckpointError, match=rf"{name} is truncated"):
+            load(tmp_path / name)
+
+
+def test_paths_that_hold_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone\.pt does not exist; give the path"):
+        load(tmp_path / "gone.pt")
+    with pytest.raises(CheckpointError, match="has no weights"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [torch.ones(3), [torch.ones(3)], 5])
+def test_torch_files_without_names(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"model\.pt holds a \w+, not named tensors"):
+        load(tmp_path / "model.pt")
+
+
+def without(*names: str) -> Callable[[Tensors], Any]:
+    return lambda w: {name: tensor for name, tensor in w.items() if name not in names}
+
+
+def with_tensor(name: str, tensor: Tensor) -> Callable[[Tensors], Any]:
+    return lambda w: {**w, name: tensor}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("head.head.bias"), r"\(69 keys\): 1 keys missing \(head\.head\.bias\); check that it is whole"),
+        (
+            without(*(f"blocks.1.self_attn.{letter}.weight" for letter in "qkvo")),
+            r"4 keys missing \(blocks\.1\.self_attn\.q\.weight, .*k\.weight, .*v\.weight, …\)",
+        ),
+        (with_tensor("img_emb.proj.0.weight", torch.ones(1)), r"1 keys unexpected \(img_emb\.proj\.0\.weight\)"),
+        (
+            with_tensor("head.head.weight", torch.ones(60, 128)),
+            r"1 keys misshapen \(head\.head\.weight is \[60, 128\], not \[64, 128\]\)",
+        ),
+        (without("patch_embedding.weight"), r"it has no patch_embedding\.weight of 5 axes \(it has blocks\.0\.cross"),
+        (with_tensor("patch_embedding.weight", torch.ones(128, 64)), r"it has no patch_embedding\.weight of 5 axes"),
+        (with_tensor("head.head.bias", torch.ones(64).char()), r"head\.head\.bias is int8, not a 16- or 32-bit float"),
+        (with_tensor("model.head.head.bias", torch.ones(64)), r"holds head\.head\.bias twice"),
+        (lambda w: {"generator": {"step": 1}}, r"holds no tensors where a model's should be \(it holds step\)"),
+        (lambda w: {}, r"holds no tensors where a model's should be \(it holds nothing\)"),
+        (lambda w: {"generator_lora": w}, r"holds no tensors where a model's should be \(it holds generator_lora\)"),
+    ],
+)
+def test_tensors_that_are_not_the_model(
+    tmp_path: Path, weights: Tensors, change: Callable[[Tensors], Any], message: str
+) -> None:
+    torch.save(change(weights), tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(tmp_path / "model.pt")
+    assert str(tmp_path / "model.pt") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_heads_that_do_not_fit(weights: Tensors, tmp_path: Path) -> None:
+    assert load_transformer(WEIGHTS).config.num_heads == 1, "128 is Wan's head size, which shapes do not tell"
+    with pytest.raises(CheckpointError, match="does not describe a model: model dim 128 does not split into 3 heads"):
+        load_transformer(WEIGHTS, heads=3)
+    narrow = {name: torch.zeros(shape) for name, shape in published_shapes(ModelConfig(24, 8, 2, 1)).items()}
+    torch.save(narrow, tmp_path / "narrow.pt")
+    with pytest.raises(CheckpointError, match=r"dim 24 does not split into heads of 128; .* \(--heads N\)"):
+        load_transformer(tmp_path / "narrow.pt")
+
+
+@given(st.lists(st.sampled_from(["_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."])), st.data())
+def test_wrappers_are_removed_anywhere(wrappers: list[str], data: st.DataObject) -> None:
+    parts = ["blocks.", "3.", "self_attn.", "q.", "weight"]
+    for wrapper in wrappers:
+        parts.insert(data.draw(st.integers(0, len(parts) - 1)), wrapper)
+    prefix = data.draw(st.sampled_from(["", "model.", "net."]))
+    assert plain_name(prefix + "".join(parts)) == "blocks.3.self_attn.q.weight"
+
+
+@pytest.mark.parametrize("name", ["1.3b", "14b"])
+def test_full_size_names_match_the_module(name: str) -> None:
+    table = json.loads((GOLDEN / "checkpoint_keys" / f"wan_t2v_{name}.json").read_text())
+    said = table["config"]
+    config = ModelConfig(said["dim"], said["ffn_dim"], said["num_heads"], said["num_layers"])
+    assert {key: list(shape) for key, shape in published_shapes(config).items()} == table["keys"]
+    published = {key: torch.empty(shape, device="meta") for key, shape in table["keys"].items()}
+    made = {key: value.make() for key, value in module_tensors(config, published).items()}
+    with torch.device("meta"):
+        Transformer(config).load_state_dict(made, strict=True, assign=True)
+
+
+def test_announced_shapes_are_those_made(weights: Tensors) -> None:
+    config = load(WEIGHTS).config
+    for name, value in module_tensors(config, weights, torch.float32).items():
+        made = value.make()
+        assert made.dtype == value.dtype == torch.float32
+        assert tuple(made.shape) == value.shape == module_shapes(config)[name]
+
+
+def test_values_too_large_for_float16(weights: Tensors) -> None:
+    large = {**weights, "head.head.bias": torch.full((64,), 1e5)}
+    tensors = module_tensors(load(WEIGHTS).config, large, torch.float16)
+    tensors["head.linear.weight"].make()
+    with pytest.raises(CheckpointError, match=r"head\.linear\.bias holds values beyond the range of float16"):
+        tensors["head.linear.bias"].make()
+
+
+def test_converted_weights_compute_the_published_flow(weights: Tensors) -> None:
+    """The first golden call through the torch backend: fusion, permutation and renaming together."""
+    golden = load_file(GOLDEN / "dit" / "chunk3_full" / "tensors.safetensors")
+    config = load(WEIGHTS).config
+    state = {name: value.make() for name, value in module_tensors(config, weights, torch.float32).items()}
+    stream, grid, cpu = StreamConfig(height=48, width=64), Grid(3, 4), torch.device("cpu")
+    ring = ring_for(stream)
+    with torch.inference_mode():
+        rollout = load_backend("torch", config, state, cpu, torch.float32).rollout(grid, ring, (1000.0,))
+        rollout.set_text(golden["prompt_embeds"][0])
+        rollout.place(ring.plan(0, 3))
+        tokens = rollout.flow(tokens_from_latents(golden["call.000.x"][0], config), 1000.0)
+    flow, reference = latents_from_tokens(tokens, config, 3, 4), golden["call.000.flow"][0]
+    assert float((flow - reference).norm() / reference.norm()) <= 1e-4
+
+
+def test_wan_vae_and_its_diffusers_names(tmp_path: Path) -> None:
+    vae = load_file(GOLDEN / "wan_vae" / "weights.safetensors")
+    inverse = {ours: theirs for theirs, ours in spellings.WAN_VAE.items() if "*" not in ours}
+
+    def theirs(name: str) -> str:
+        stem, _, leaf = name.rpartition(".")
+        if stem.startswith("encoder.downsamples."):
+            stem = stem.replace("downsamples", "down_blocks").replace("shortcut", "conv_shortcut")
+            for number, new in (("0", "norm1"), ("2", "conv1"), ("3", "norm2"), ("6", "conv2")):
+                stem = stem.replace(f"residual.{number}", new)
+            return f"{stem}.{leaf}"
+        return f"{inverse[stem]}.{leaf}"
+
+    torch.save(vae, tmp_path / "Wan2.1_VAE.pth")
+    folder = tmp_path / "pipeline" / "vae"
+    folder.mkdir(parents=True)
+    renamed = {theirs(name): tensor for name, tensor in vae.items()}
+    assert "decoder.up_blocks.2.resnets.1.conv2.weight" in renamed
+    assert "decoder.up_blocks.1.upsamplers.0.time_conv.bias" in renamed
+    save_file(renamed, folder / "diffusion_pytorch_model.safetensors")
+    for path in (tmp_path / "Wan2.1_VAE.pth", tmp_path / "pipeline"):
+        loaded = load_wan_vae(path)
+        assert loaded.part.config == replace(WanVaeConfig(), dim=8)
+        assert loaded.tensors.keys() == vae.keys()
+        assert all(torch.equal(loaded.tensors[name], vae[name]) for name in vae)
+    with pytest.raises(CheckpointError, match=r"is not a Wan 2\.1 VAE: it has no decoder\.head\.2\.weight"):
+        load_wan_vae(WEIGHTS)
+
+
+def test_diffusers_vae_table_covers_the_full_size_names() -> None:
+    keys = json.loads((GOLDEN / "checkpoint_keys" / "wan2.1_vae.json").read_text())["keys"]
+    with torch.device("meta"):
+        own = {name: list(value.shape) for name, value in WanVae(WanVaeConfig()).state_dict().items()}
+    assert own == keys
+    targets = {target.replace(".*.", ".", 1) for target in spellings.WAN_VAE.values()}
+    for name in keys:
+        stem = name.rpartition(".")[0]
+        if stem.startswith("encoder.downsamples."):
+            stem = ".".join(part for index, part in enumerate(stem.split(".")) if index != 2)
+        assert stem in targets, f"no diffusers name leads to {name}"
+
+
+def test_umt5_and_its_transformers_names(tmp_path: Path, tokenizer_file: Path) -> None:
+    published = load_file(GOLDEN / "umt5" / "weights.safetensors")
+    renamed: Tensors = {}
+    for name, tensor in published.items():
+        new = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}.get(name)
+        if new is None:
+            _, number, rest = name.split(".", 2)
+            rest = rest.replace("norm1", "layer.0.layer_norm").replace("norm2", "layer.1.layer_norm")
+            rest = rest.replace("attn.", "layer.0.SelfAttention.").replace("ffn.", "layer.1.DenseReluDense.")
+            rest = rest.replace("pos_embedding.embedding", "layer.0.SelfAttention.relative_attention_bias")
+            rest = rest.replace("gate.0", "wi_0").replace("fc1", "wi_1").replace("fc2", "wo")
+            new = f"encoder.block.{number}.{rest}"
+        renamed[new] = tensor
+    renamed["encoder.embed_tokens.weight"] = renamed["shared.weight"]
+    torch.save(published, tmp_path / "umt5.pth")
+    torch.save(renamed, tmp_path / "transformers.bin")
+    for file in ("umt5.pth", "transformers.bin"):
+        loaded = load_text_encoder(tmp_path / file, tokenizer_file, 24)
+        assert loaded.tensors.keys() == published.keys()
+        assert all(torch.equal(loaded.tensors[name], published[name]) for name in published)
+        Umt5Encoder(loaded.config).load_state_dict(dict(loaded.tensors), strict=True)
+    assert load_text_encoder(tmp_path / "umt5.pth", tokenizer_file.parent, 24).tokenizer == tokenizer_file
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json; take it from the folder google/umt5-xxl"):
+        load_text_encoder(tmp_path / "umt5.pth", tmp_path, 24)
+    with pytest.raises(CheckpointError, match="is not a UMT5 encoder"):
+        load_text_encoder(WEIGHTS, tokenizer_file, 24)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("self_forcing_dmd.pt", "self-forcing"),
+        ("self_forcing_sid_v2.pt", "self-forcing"),
+        ("causal_forcing.pt", "causal-forcing"),
+        ("Causal-Forcing-Framewise.pt", "causal-forcing-framewise"),
+        ("causal_forcing++.pt", "causal-forcing-pp"),
+        ("longlive_base.pt", "longlive"),
+        ("longlive_models/model.pt", "longlive"),
+        ("CausVid/model.pt", "causvid"),
+        ("my_own.pt", "self-forcing"),
+    ],
+)
+def test_families_by_file_name(tmp_path: Path, file: str, name: str) -> None:
+    assert family_of(None, tmp_path / "downloads" / file).name == name
+    assert family_of("causvid", Path(file)).name == "causvid", "what is asked for wins"
+
+
+def test_settings_of_the_families() -> None:
+    pp, longlive, causvid = (FAMILIES[name].stream for name in ("causal-forcing-pp", "longlive", "causvid"))
+    assert (pp.chunk, pp.steps, pp.first_steps) == (1, (1000, 500), (1000, 750, 500, 250))
+    assert (longlive.chunk, longlive.window, longlive.sink, longlive.shift) == (3, 12, 3, 5)
+    assert (causvid.steps, causvid.warp, causvid.shift) == ((1000, 757, 522), False, 8)
+    assert FAMILIES["self-forcing"].stream == StreamConfig() and FAMILIES["self-forcing"].prefer_ema
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.unsupported])
+def test_families_that_need_more_than_settings(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"{name} checkpoints need more than settings: its? .*; this is not built yet"
+    ):
+        family_of(name, Path("model.pt"))
+
+
+def test_unsupported_families_are_known_by_their_files() -> None:
+    with pytest.raises(ConfigError, match="rolling-forcing checkpoints need more"):
+        family_of(None, Path("rolling_forcing_dmd.pt"))
+    with pytest.raises(ConfigError, match="no family is called 'best'; choose one of: self-forcing, causal-forcing"):
+        family_of("best", Path("model.pt"))

@@ -1,0 +1,475 @@
+"""The command line as a user meets it: real models, real files, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sfrt import __version__, cli
+from sfrt.bundle import resolve_model
+from sfrt.config import TaehvConfig, Umt5Config
+from sfrt.decoders.taehv import Taehv
+from sfrt.text import Umt5Encoder
+
+PROMPT = "a red circle moving left on a white background"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int | str
+    out: str
+    err: str
+
+    @property
+    def complaint(self) -> str:
+        """The one line of a refused command."""
+        assert self.code == 2, (self.code, self.err)
+        assert self.out == ""
+        (line,) = self.err.splitlines()
+        assert line.startswith("sfrt: error: ")
+        return line.removeprefix("sfrt: error: ")
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command line in this process, working in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(argument) for argument in arguments])
+        return Outcome(exit.value.code or 0, *capfd.readouterr())
+
+    return run
+
+
+def frames_of(video: str | Path) -> list[np.ndarray[Any, Any]]:
+    with av.open(str(video)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+# What works
+
+
+def test_mp4(run: Run, tiny_bundle: Path) -> None:
+    outcome = run("generate", PROMPT, "-o", "out.mp4", "--model", tiny_bundle, "--seconds", "1.5")
+    assert (outcome.code, outcome.out) == (0, "")
+    assert outcome.err.startswith("out.mp4: 24 frames, the first after ")
+    frames = frames_of("out.mp4")
+    assert len(frames) == 24
+    assert frames[0].shape == (32, 48, 3)
+
+
+def test_json_is_all_there_is(run: Run, tiny_bundle: Path) -> None:
+    outcome = run("generate", PROMPT, "-o", "out.gif", "--model", tiny_bundle, "--chunks", 3, "--seed", 7, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    said = json.loads(outcome.out)
+    assert (said["file"], said["prompt"], said["seed"], said["model"]) == ("out.gif", PROMPT, 7, "tiny")
+    assert said["frames"] == 9 + 12 + 12 == len(frames_of("out.gif"))
+    assert said["settings"]["backend"] == "torch"
+    assert {**said["settings"], "window": 9, "sink": 3, "height": 32, "width": 48} == said["settings"]
+    samples = said["chunk_ms"]["samples"]
+    assert len(samples) == 3
+    assert min(samples) <= said["chunk_ms"]["p50"] <= said["chunk_ms"]["p95"] <= max(samples)
+    assert said["ttff_ms"] > 0
+    assert said["fps"] == pytest.approx(24_000 / sum(samples[1:]), rel=1e-3)
+
+
+def test_settings_reach_the_stream(run: Run, tiny_bundle: Path) -> None:
+    changes = ["--steps", "1000,400", "--shift", "3", "--window", "8", "--sink", "2", "--width", "64", "--height", "16"]
+    outcome = run("generate", PROMPT, "-o", "out", "--model", tiny_bundle, "--chunks", 2, "--json", *changes)
+    settings = json.loads(outcome.out)["settings"]
+    assert (settings["steps"], settings["shift"]) == ([1000.0, 400.0], 3.0)
+    assert (settings["window"], settings["sink"]) == (8, 2)
+    assert Image.open("out/000020.png").size == (64, 16)
+
+
+def test_the_same_seed_is_the_same_video(run: Run, tiny_bundle: Path) -> None:
+    for folder, seed in (("one", 1), ("again", 1), ("other", 2)):
+        run("generate", PROMPT, "-o", folder, "--model", tiny_bundle, "--chunks", 1, "--seed", seed)
+    one, again, other = (Path(folder, "000000.png").read_bytes() for folder in ("one", "again", "other"))
+    assert one == again != other
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.5, 9 / 16, 10 / 16, 2])
+def test_length_in_seconds(run: Run, tiny_bundle: Path, seconds: float) -> None:
+    said = run("generate", PROMPT, "-o", "out", "--model", tiny_bundle, "--seconds", seconds, "--json").out
+    assert json.loads(said)["frames"] == len(list(Path("out").iterdir())) == max(1, round(16 * seconds))
+
+
+def test_it_goes_on_from_a_picture(run: Run, tiny_bundle: Path) -> None:
+    Image.new("RGB", (200, 100), "red").save("start.png")
+    start = ["--initial", "start.png", "--model", tiny_bundle, "--seconds", "1", "--json"]
+    said = json.loads(run("generate", PROMPT, "-o", "out", *start).out)
+    assert said["frames"] == 1 + 16 == len(list(Path("out").iterdir()))
+
+
+def test_a_pipe_gets_the_video_and_nothing_else(tmp_path: Path, tiny_bundle: Path) -> None:
+    command = [sys.executable, "-m", "sfrt", "generate", PROMPT, "-o", "-", "--model", tiny_bundle, "--chunks", "1"]
+    done = subprocess.run(command, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"YUV4MPEG2 W48 H32 F16:1")
+    assert done.stdout.count(b"FRAME\n") == 9
+    assert done.stderr.startswith(b"-: 9 frames")
+
+
+def test_a_reader_that_leaves_ends_the_stream(tiny_bundle: Path) -> None:
+    command = [sys.executable, "-m", "sfrt", "generate", PROMPT, "-o", "-", "--model", tiny_bundle, "--seconds", "3600"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1000)
+        process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait(timeout=120) == 0, error
+    assert b"Traceback" not in error
+
+
+def test_a_long_prompt_is_cut_with_a_warning(run: Run, tiny_bundle: Path) -> None:
+    outcome = run("generate", "red " * 30, "-o", "out", "--model", tiny_bundle, "--chunks", 1)
+    assert outcome.code == 0
+    warning, _ = outcome.err.splitlines()
+    assert warning == "sfrt: warning: the prompt has 31 tokens and the model reads 12; the last 19 were dropped"
+
+
+@pytest.mark.skipif(not resolve_model().is_dir(), reason="this checkout has no built-in model")
+def test_the_built_in_model(run: Run) -> None:
+    outcome = run("generate", PROMPT, "-o", "out.mp4", "--seconds", "1")
+    assert outcome.code == 0, outcome.err
+    assert len(frames_of("out.mp4")) == 16
+
+
+def test_interrupted_it_leaves_a_playable_file(tmp_path: Path, tiny_bundle: Path) -> None:
+    video = tmp_path / "out.mp4"
+    arguments = ["generate", PROMPT, "-o", str(video), "--model", str(tiny_bundle), "--seconds", "3600"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sfrt", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts its background jobs deaf to Ctrl-C; this one must hear it wherever the tests run.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 120
+    while not (video.exists() and video.stat().st_size > 2000):
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "no video came"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert error.split() == ["sfrt:", "interrupted"]
+    assert len(frames_of(video)) >= 9
+    assert os.listdir(tmp_path) == ["out.mp4"]
+
+
+def test_info(run: Run, tiny_bundle: Path) -> None:
+    text = run("info", tiny_bundle).out
+    for part in ("tiny, family self-forcing", "taehv", "UMT5", "48×32", "window 9, sink 3", "transformer.safetensors"):
+        assert part in text
+    assert json.loads(run("info", tiny_bundle, "--json").out) == json.loads((tiny_bundle / "manifest.json").read_text())
+
+
+def test_verify(run: Run, golden: Path) -> None:
+    outcome = run("verify", golden / "dit" / "frame1_window4_sink1")
+    assert outcome.code == 0
+    case, total = outcome.out.splitlines()
+    assert " ok, worst " in case
+    assert total.endswith("tensors within tolerance (torch, float32)")
+
+
+def test_verify_tells_by_its_exit_code(run: Run, golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden / "umt5", tmp_path / "umt5")
+    tensors = load_file(tmp_path / "umt5" / "tensors.safetensors")
+    save_file({**tensors, "prompt_embeds": tensors["prompt_embeds"] * 1.01}, tmp_path / "umt5" / "tensors.safetensors")
+    outcome = run("verify", tmp_path / "umt5", "--json")
+    assert outcome.code == 1
+    said = json.loads(outcome.out)
+    assert said["passed"] is False
+    assert [(tensor["tensor"], tensor["passed"]) for tensor in said["tensors"]] == [("prompt_embeds", False)]
+    assert said["tensors"][0]["error"] == pytest.approx(0.01 / 1.01, rel=1e-3)
+    assert "1 of 1 OVER" in run("verify", tmp_path / "umt5").out
+
+
+def test_verify_calls_nan_a_failure(run: Run, golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden / "umt5", tmp_path / "umt5")
+    from safetensors.numpy import load_file, save_file
+
+    weights = load_file(tmp_path / "umt5" / "tensors.safetensors")
+    save_file(
+        {**weights, "prompt_embeds": weights["prompt_embeds"] * np.nan}, tmp_path / "umt5" / "tensors.safetensors"
+    )
+    outcome = run("verify", tmp_path / "umt5", "--json")
+    assert outcome.code == 1
+    assert json.loads(outcome.out)["tensors"][0]["error"] is None
+
+
+def test_export_then_generate(run: Run, golden: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """From files with published names to a video, all through the command line."""
+    text = Umt5Config(vocab_size=16, dim=48, dim_attn=16, dim_ffn=32, num_heads=2, num_layers=1)
+    save_file(Umt5Encoder(text).state_dict(), "encoder.safetensors")
+    save_file(Taehv(TaehvConfig(encoder_width=8, decoder_widths=(16, 8, 8, 8))).state_dict(), "taehv.safetensors")
+    checkpoint = golden / "dit" / "weights_d128h2l2.safetensors"
+    settings = ["--heads", 2, "--text-len", 24, "--window", 6, "--width", 32, "--height", 32]
+    decoder = ["--taehv", "taehv.safetensors"]
+    encoder = ["--text-encoder", "encoder.safetensors", "--tokenizer", tiny_bundle]
+
+    outcome = run("export", checkpoint, "-o", "silent", *settings, *decoder)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "dim 128, 2 heads, 2 layers" in outcome.out
+    assert "no text encoder" in run("generate", PROMPT, "-o", "out.mp4", "--model", "silent").complaint
+    run("export", checkpoint, "-o", "blind", *settings, *encoder)
+    assert "no decoder" in run("generate", PROMPT, "-o", "out.mp4", "--model", "blind").complaint
+    assert not Path("out.mp4").exists()
+
+    said = json.loads(run("export", checkpoint, "-o", "whole", *settings, *decoder, *encoder, "--json").out)
+    assert (said["model"]["text_len"], said["stream"]["window"], said["stream"]["width"]) == (24, 6, 32)
+    assert run("generate", PROMPT, "-o", "out.mp4", "--model", "whole", "--chunks", 3).code == 0
+    assert len(frames_of("out.mp4")) == 33
+
+
+def test_doctor(run: Run) -> None:
+    outcome = run("doctor", "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out)["runs"]["cpu"] == "yes"
+    assert "torch backend on cpu: yes" in run("doctor").out
+
+
+def test_help_and_version(run: Run) -> None:
+    assert run("--version").out == f"sfrt, version {__version__}\n"
+    text = run("--help").out
+    assert all(verb in text for verb in ("generate", "verify", "export", "info", "doctor"))
+
+
+# Bad input: one line that names the thing and the way out, exit code 2, nothing left behind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "Missing command; see sfrt --help"),
+        (["dream"], "No such command 'dream'; see sfrt --help"),
+        (["generate", PROMPT], "Missing option '-o' / '--output'; see sfrt generate --help"),
+        (["generate", PROMPT, "-o", "x.mp4", "--seconds", "1", "--chunks", "1"], "give one of them"),
+        (["generate", PROMPT, "-o", "-", "--json"], "give the video a file"),
+        (["generate", PROMPT, "-o", "x.mp4", "--seconds", "0"], "0.0 is not in the range x>0"),
+        (["generate", PROMPT, "-o", "x.mp4", "--steps", "a,b"], "'a,b' is no list of numbers"),
+        (["generate", PROMPT, "-o", "x.mp4", "--model", "nowhere"], "there is no model at nowhere"),
+        (["info", "nowhere"], "there is no model at nowhere"),
+        (["verify", "nowhere"], "nowhere has no golden case"),
+        (["export", "nowhere.pt", "-o", "bundle"], "nowhere.pt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_commands_that_make_no_sense(run: Run, tmp_path: Path, arguments: list[str], words: str) -> None:
+    assert words in run(*arguments).complaint
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--height", "60"], "height 60 is not a positive multiple of 16; the nearest is 64"),
+        (["--width", "0"], "width 0 is not a positive multiple of 16"),
+        (["--window", "4"], "window 4 is smaller than chunk 3 + sink 3; make it at least 6"),
+        (["--steps", "500,750"], "do not descend"),
+        (["--steps", "1001"], "leave (0, 1000]"),
+        (["--shift", "0"], "shift is 0.0; it must be positive"),
+        (["--seed", "-1"], "seed -1 is out of range"),
+        (["--device", "cuda:99"], "there is no device cuda:99"),
+        (["--device", "toaster"], "'toaster' is no device"),
+        (["--dtype", "int3"], "'int3' is no dtype"),
+        (["--backend", "abacus"], "no backend is called 'abacus'"),
+        (["--initial", "nowhere.png"], "nowhere.png: there is no such file"),
+        (["--initial", "text.png"], "text.png"),
+        (["--width", "160000", "--height", "160000"], "GiB are free"),
+        (["-o", "out.avi"], "unknown ending .avi; use .mp4, .gif"),
+        (["-o", "nowhere/out.mp4"], "nowhere/out.mp4"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_settings_that_cannot_be(run: Run, tmp_path: Path, tiny_bundle: Path, change: list[str], words: str) -> None:
+    (tmp_path / "text.png").write_text("this is no picture")
+    complaint = run("generate", PROMPT, "-o", "out.mp4", "--model", tiny_bundle, "--chunks", 1, *change).complaint
+    assert words in complaint
+    assert os.listdir(tmp_path) == ["text.png"]
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n\t"])
+def test_an_empty_prompt(run: Run, tmp_path: Path, tiny_bundle: Path, prompt: str) -> None:
+    assert "the prompt is empty" in run("generate", prompt, "-o", "out.mp4", "--model", tiny_bundle).complaint
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk(run: Run, tiny_bundle: Path) -> None:
+    Path("out.mp4").symlink_to("/dev/full")
+    complaint = run("generate", PROMPT, "-o", "out.mp4", "--model", tiny_bundle, "--chunks", 2).complaint
+    assert complaint == "cannot write out.mp4: the disk is full; free some space or write elsewhere"
+
+
+def edit(manifest: Path, change: Callable[[Any], None]) -> None:
+    data = json.loads(manifest.read_text())
+    change(data)
+    manifest.write_text(json.dumps(data))
+
+
+def flip_a_bit(bundle: Path) -> None:
+    weights = bundle / "transformer.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+
+
+def truncate(bundle: Path) -> None:
+    weights = bundle / "transformer.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (flip_a_bit, "transformer.safetensors is damaged: its sha256 is"),
+        (truncate, "transformer.safetensors has "),
+        (lambda bundle: (bundle / "decoder.safetensors").unlink(), "decoder.safetensors is missing"),
+        (lambda bundle: (bundle / "manifest.json").unlink(), "has no manifest.json"),
+        (lambda bundle: (bundle / "manifest.json").write_text("{"), "manifest.json is not JSON"),
+        (
+            lambda bundle: edit(bundle / "manifest.json", lambda data: data.update(mood="sunny")),
+            "mood is not a known key",
+        ),
+        (lambda bundle: edit(bundle / "manifest.json", lambda data: data.update(schema_version=99)), "update sfrt"),
+    ],
+    ids=["bit", "truncated", "missing", "no manifest", "no json", "unknown key", "newer schema"],
+)
+@pytest.mark.parametrize("verb", ["generate", "info"])
+def test_a_damaged_bundle(
+    run: Run, tmp_path: Path, tiny_bundle: Path, damage: Callable[[Path], None], words: str, verb: str
+) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    damage(tmp_path / "bundle")
+    arguments = ["info", "bundle"] if verb == "info" else ["generate", PROMPT, "-o", "out.mp4", "--model", "bundle"]
+    assert words in run(*arguments).complaint
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+class Trap:
+    """A pickle that would make a file where it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str, ...]]:
+        return os.system, ("touch sprung",)
+
+
+def write_trap(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Trap(), protocol=2))
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+
+
+def write_changed(path: Path, golden: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    tensors = load_file(golden / "dit" / "weights_d128h2l2.safetensors")
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "options", "words"),
+    [
+        ("empty.pt", lambda path, golden: path.write_bytes(b""), [], ["empty.pt"]),
+        ("text.safetensors", lambda path, golden: path.write_text("hello"), [], ["text.safetensors"]),
+        ("trap.pt", lambda path, golden: write_trap(path), [], ["trap.pt"]),
+        (
+            "short.safetensors",
+            lambda path, golden: path.write_bytes(
+                (golden / "dit" / "weights_d128h2l2.safetensors").read_bytes()[:-1000]
+            ),
+            [],
+            ["short.safetensors"],
+        ),
+        (
+            "missing.safetensors",
+            lambda path, golden: write_changed(path, golden, lambda t: t.pop("blocks.1.ffn.0.weight")),
+            [],
+            ["missing.safetensors", "blocks.1.ffn.0.weight"],
+        ),
+        (
+            "extra.safetensors",
+            lambda path, golden: write_changed(path, golden, lambda t: t.update(extra=t["patch_embedding.bias"] * 1)),
+            [],
+            ["extra.safetensors", "extra"],
+        ),
+        (
+            "shape.safetensors",
+            lambda path, golden: write_changed(
+                path, golden, lambda t: t.update({"head.head.bias": t["head.head.bias"][:-1].clone()})
+            ),
+            [],
+            ["shape.safetensors", "head.head.bias"],
+        ),
+        (
+            "nan.safetensors",
+            lambda path, golden: write_changed(path, golden, lambda t: t["blocks.0.ffn.0.bias"].fill_(float("nan"))),
+            [],
+            ["nan.safetensors", "NaN"],
+        ),
+        (
+            "rolling_forcing.safetensors",
+            lambda path, golden: write_changed(path, golden, lambda t: None),
+            [],
+            ["rolling-forcing checkpoints need more than settings"],
+        ),
+        (
+            "good.safetensors",
+            lambda path, golden: write_changed(path, golden, lambda t: None),
+            ["--family", "cubism"],
+            ["no family is called 'cubism'"],
+        ),
+        (
+            "good.safetensors",
+            lambda path, golden: write_changed(path, golden, lambda t: None),
+            ["--dtype", "int3"],
+            ["'int3'"],
+        ),
+        (
+            "good.safetensors",
+            lambda path, golden: write_changed(path, golden, lambda t: None),
+            ["--taehv", "nowhere.pth"],
+            ["nowhere.pth"],
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_checkpoint_that_cannot_be_exported(
+    run: Run,
+    tmp_path: Path,
+    golden: Path,
+    name: str,
+    write: Callable[[Path, Path], object],
+    options: list[str],
+    words: list[str],
+) -> None:
+    write(tmp_path / name, golden)
+    complaint = run("export", name, "-o", "bundle", "--heads", 2, "--text-len", 24, *options).complaint
+    assert all(word in complaint for word in words), complaint
+    assert os.listdir(tmp_path) == [name]
