@@ -18,17 +18,17 @@
 extern "C" {
 #endif
 
-/* Standard normals for `frames` latent frames from `first_frame` on, at one step, float32.
+/* Standard normals for `frames` latent frames from `first_frame` on, at `steps` steps from `first_step` on.
  *
- * out      device memory, [frames, elements] float32, contiguous, aligned to 4 bytes (16 is faster)
+ * out      device memory, float32 [steps, frames, elements], contiguous, aligned to 4 bytes (16 is faster)
  * elements values in one latent frame, in token layout: tokens x token_dim
  * stream   a cudaStream_t; null is the default stream
  *
- * first_frame, step and elements / 4 are 32-bit words of the generator's counter, so each must fit one.
- * The values are those of sfrt/noise.py.
+ * Frame numbers, step numbers and elements / 4 are 32-bit words of the generator's counter, so each must fit one; a
+ * launch takes at most 65535 frames and as many steps. The values are those of chunk_noise in sfrt/noise.py.
  */
-SFRT_API int sfrt_noise(float *out, uint64_t seed, int64_t first_frame, int64_t frames, int64_t step,
-                        int64_t elements, void *stream);
+SFRT_API int sfrt_noise(float *out, uint64_t seed, int64_t first_frame, int64_t frames, int64_t first_step,
+                        int64_t steps, int64_t elements, void *stream);
 
 /* A static, English string for what a function above returned. */
 SFRT_API const char *sfrt_error_string(int status);

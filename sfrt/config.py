@@ -142,6 +142,7 @@ class Umt5Config:
     max_distance: int = 128
 
     def __post_init__(self) -> None:
+        _require(min(vars(self).values()) > 0, "every size of the text encoder must be positive")
         _require(
             self.dim_attn % self.num_heads == 0,
             f"text encoder width {self.dim_attn} does not split into {self.num_heads} heads",

@@ -17,7 +17,7 @@ from sfrt.errors import BundleError, ConfigError, MediaError
 from sfrt.noise import check_seed
 from sfrt.ring import Ring, chunk_size, ring_for
 from sfrt.session import Session, Stage, philox_noise
-from sfrt.text import TextEncoder, Tokenizer, Umt5Encoder
+from sfrt.text import TextEncoder, load_text_encoder
 from sfrt.timesteps import timesteps_of
 
 
@@ -99,18 +99,7 @@ class Runtime:
     def _text_encoder(self) -> TextEncoder:
         """The text encoder, loaded when the first prompt comes; in the dtype it is stored in, whatever the model's."""
         if self._text is None:
-            config = self.manifest.text_encoder
-            if config is None:
-                raise BundleError(
-                    f"the bundle {self._bundle.path} has no text encoder; "
-                    "export it with --text-encoder and --tokenizer, or pass prompt embeddings"
-                )
-            with torch.device("meta"):
-                encoder = Umt5Encoder(config)
-            weights = self._bundle.load("text_encoder", self.device)
-            encoder.load_state_dict(weights, strict=True, assign=True)
-            tokenizer = Tokenizer(self._bundle.tokenizer_path, self.manifest.model.text_len)
-            self._text = TextEncoder(tokenizer, encoder.requires_grad_(False))
+            self._text = load_text_encoder(self._bundle, self.device)
         return self._text
 
     def _load_decoder(self) -> LoadedDecoder | None:

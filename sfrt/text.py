@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from sfrt.bundle import Bundle
 from sfrt.config import Umt5Config
 from sfrt.errors import BundleError, PromptError
+from sfrt.weights import assign
 
 EOS_TOKEN = "</s>"
 PAD_ID = 0
@@ -299,5 +300,5 @@ def load_text_encoder(bundle: Bundle, device: torch.device, dtype: torch.dtype |
     assert config is not None  # the manifest lists the tensors exactly when it has their config
     with torch.device("meta"):
         encoder = Umt5Encoder(config)
-    encoder.load_state_dict(weights, strict=True, assign=True)
+    assign(encoder, weights, "the text encoder")
     return TextEncoder(tokenizer, encoder.requires_grad_(False))

@@ -72,7 +72,7 @@ class Transformer(nn.Module):
         self.head = Head(config)
 
     def forward(self, tokens: Tensor, modulation: Modulation, rotary: Tensor, text: TextKV, attend: Attend) -> Tensor:
-        """The flow (velocity) at each token, [..., L, P] → [..., L, P], features ordered (patch row, column, channel)."""
+        """The flow (velocity) at each token, [..., L, P] → [..., L, P], features in order (row, column, channel)."""
         x = self.patch_embedding(tokens)
         for layer, block in enumerate(self.layers()):
             x = block(x, layer, modulation.blocks[layer], rotary, text, attend)

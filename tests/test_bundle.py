@@ -8,6 +8,7 @@ import resource
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -122,6 +123,13 @@ def test_mapped_tensors_do_not_write_to_the_file(tmp_path: Path) -> None:
     Bundle.open(tmp_path / "model")
 
 
+@pytest.mark.gpu
+def test_tensors_go_straight_to_the_gpu(tmp_path: Path) -> None:
+    loaded = write(tmp_path / "model").load("transformer", "cuda", torch.float32)
+    assert all(tensor.is_cuda for tensor in loaded.values())
+    assert torch.equal(loaded["matrix"].cpu(), tensors()["matrix"])
+
+
 def test_text_encoder_of_a_bundle(tmp_path: Path) -> None:
     encoder = load_text_encoder(write(tmp_path / "model", FULL), torch.device("cpu"), torch.float32)
     assert isinstance(encoder, TextEncoder)
@@ -205,6 +213,7 @@ def drop(*keys: str) -> Callable[[Any], None]:
         (set_at("model", "dim", value=24.0), r"model\.dim is 24\.0, not a whole number"),
         (set_at("model", "dim", value=True), r"model\.dim is True, not a whole number"),
         (set_at("stream", "shift", value=None), r"stream\.shift is None, not a number"),
+        (set_at("stream", "shift", value=10**400), r"stream\.shift is too large a number"),
         (set_at("stream", "warp", value=1), r"stream\.warp is 1, not true or false"),
         (set_at("stream", "steps", value=[1000, "x"]), r"stream\.steps\[1\] is 'x', not a number"),
         (set_at("stream", "steps", value=5), r"stream\.steps is 5, not a list"),
@@ -214,6 +223,7 @@ def drop(*keys: str) -> Callable[[Any], None]:
         (drop("decoder", "kind"), r"decoder\.kind is missing"),
         (set_at("decoder", value="taehv"), r"decoder is 'taehv', not an object"),
         (set_at("stream", "sink", value=99), r"stream does not hold together: window 21"),
+        (set_at("text_encoder", "num_heads", value=0), r"text_encoder does not hold together: "),
         (set_at("model", "num_heads", value=5), r"model does not hold together: model dim 24"),
         (set_at("model", "text_dim", value=4), r"the text encoder makes embeddings of 16 but the model reads 4"),
         (set_at("model", "latent_channels", value=4), r"the decoder reads 16 latent channels but the model makes 4"),
@@ -239,11 +249,19 @@ def test_manifests_that_do_not_fit(tmp_path: Path, edit: Callable[[Any], None], 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema_version": NaN}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"schema_version": NaN}', "\udcff"])
 def test_manifests_that_are_not(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(BundleError, match=r"manifest\.json(:| is not JSON)"):
         Bundle.open(tmp_path)
+
+
+def test_a_number_that_no_float_holds(tmp_path: Path) -> None:
+    write(tmp_path / "model")
+    path = tmp_path / "model" / "manifest.json"
+    path.write_text(path.read_text().replace('"shift": 5.0', '"shift": 1e999'))
+    with pytest.raises(BundleError, match=r"stream\.shift is too large a number"):
+        Bundle.open(tmp_path / "model")
 
 
 def test_a_newer_schema_is_named_before_its_new_keys(tmp_path: Path) -> None:
@@ -299,18 +317,23 @@ def test_nothing_is_left_without_finish(tmp_path: Path) -> None:
     assert remains(tmp_path) == []
 
 
-@pytest.fixture
-def small_file_limit() -> Iterator[None]:
-    """The kernel refuses to let a file grow beyond 4 KiB: the same OSError path as a disk that fills up."""
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """The kernel refuses to let a file grow beyond this size: the same OSError path as a disk that fills up.
+
+    Around the code in question alone: pytest's own report is a file, too.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("small_file_limit")
 def test_a_write_that_fails(tmp_path: Path) -> None:
     with (
+        file_size_limit(4096),
         pytest.raises(BundleError, match=r"model cannot be written \(.*nothing was left there"),
         BundleWriter(tmp_path / "model") as writer,
     ):

@@ -134,6 +134,8 @@ def test_which_weights_are_taken(tmp_path: Path, weights: Tensors) -> None:
 
     assert is_ema(prefer_ema=True) and not is_ema(prefer_ema=False)
     assert is_ema(ema=True, prefer_ema=False) and not is_ema(ema=False, prefer_ema=True)
+    torch.save({"state_dict": {"generator_ema": averaged}}, tmp_path / "nested.pt")
+    assert load(tmp_path / "nested.pt", ema=True).ema
     torch.save({"generator": weights}, tmp_path / "raw.pt")
     assert not load(tmp_path / "raw.pt", prefer_ema=True).ema
     with pytest.raises(CheckpointError, match=r"raw\.pt has no averaged weights \(generator_ema\)"):
@@ -160,6 +162,10 @@ def test_a_diffusers_folder_in_shards(tmp_path: Path, weights: Tensors) -> None:
         assert all(torch.equal(loaded.tensors[name], weights[name]) for name in weights)
         assert (loaded.config.num_heads, loaded.config.eps, loaded.config.text_len) == (2, 1e-5, 512)
         assert len(loaded.files) == 2
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": "two"}))
+    with pytest.raises(CheckpointError, match="does not describe a model: invalid literal"):
+        load_transformer(folder)
+    (folder / "config.json").unlink()
     index_file.unlink()
     assert load_transformer(folder).tensors.keys() == weights.keys()
     save_file({"head.head.bias": weights["head.head.bias"], renamed[0][0]: renamed[0][1]}, folder / "extra.safetensors")

@@ -52,6 +52,8 @@ def test_impossible_models_are_refused(settings: dict[str, Any], says: str) -> N
 def test_impossible_encoders_are_refused() -> None:
     with pytest.raises(ConfigError, match="does not split"):
         Umt5Config(num_heads=7)
+    with pytest.raises(ConfigError, match="positive"):
+        Umt5Config(num_heads=0)
     with pytest.raises(ConfigError, match="statistics"):
         WanVaeConfig(latent_channels=4)
     with pytest.raises(ConfigError, match="temporal_downsample"):

@@ -119,7 +119,8 @@ def test_words_match_python(host: ctypes.CDLL, counter: tuple[int, ...], seed: i
 def test_normals_match_python(
     host: ctypes.CDLL, seed: int, frames: range, step: int, tokens: int, token_dim: int
 ) -> None:
-    expected = chunk_noise(seed, frames, step, tokens, token_dim, torch.device("cpu")).view(len(frames), -1)
+    steps = range(step, step + 1)
+    expected = chunk_noise(seed, frames, steps, tokens, token_dim, torch.device("cpu")).view(len(frames), -1)
     elements = tokens * token_dim
     for row, frame in zip(expected, frames, strict=True):
         out = torch.empty(-(-elements // 4) * 4)
@@ -148,11 +149,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", f"-arch=sm_{architecture}"]
     compile_with([find_nvcc(), *flags, *sources, "-o", str(path)])
     opened = ctypes.CDLL(str(path))
-    opened.sfrt_noise.argtypes = [c_void_p, c_uint64, c_int64, c_int64, c_int64, c_int64, c_void_p]
+    opened.sfrt_noise.argtypes = [c_void_p, c_uint64, *[c_int64] * 5, c_void_p]
     opened.sfrt_noise.restype = c_int
     opened.sfrt_error_string.argtypes = [c_int]
     opened.sfrt_error_string.restype = c_char_p
     return opened
+
+
+GOOD = {"out": 4096, "seed": 0, "first_frame": 0, "frames": 3, "first_step": 0, "steps": 4, "elements": 64}
 
 
 @pytest.mark.parametrize(
@@ -161,36 +165,43 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         {"out": 0},
         {"out": 4098},
         {"first_frame": -1},
-        {"first_frame": 2**32},
+        {"first_frame": 2**32 - 2},
         {"frames": -1},
         {"frames": 65536},
-        {"step": -1},
-        {"step": 2**32},
+        {"first_step": -1},
+        {"first_step": 2**63 - 1},
+        {"steps": -1},
+        {"steps": 65536},
         {"elements": -4},
         {"elements": 2**34 + 1},
     ],
     ids=str,
 )
 def test_noise_refuses_bad_arguments(library: ctypes.CDLL, wrong: dict[str, int]) -> None:
-    good = {"out": 4096, "seed": 0, "first_frame": 0, "frames": 3, "step": 0, "elements": 64}
-    status = library.sfrt_noise(*{**good, **wrong}.values(), None)
+    status = library.sfrt_noise(*{**GOOD, **wrong}.values(), None)
     assert status == INVALID_ARGUMENT
     assert library.sfrt_error_string(status) == b"invalid argument"
 
 
-@pytest.mark.parametrize("empty", [{"frames": 0}, {"elements": 0}], ids=str)
-def test_noise_of_nothing_is_nothing(library: ctypes.CDLL, empty: dict[str, int]) -> None:
-    nothing = {"out": 0, "seed": 0, "first_frame": 0, "frames": 3, "step": 0, "elements": 64, **empty}
-    assert library.sfrt_noise(*nothing.values(), None) == 0
+@pytest.mark.parametrize("empty", ["frames", "steps", "elements"])
+def test_noise_of_nothing_is_nothing(library: ctypes.CDLL, empty: str) -> None:
+    assert library.sfrt_noise(*{**GOOD, "out": 0, empty: 0}.values(), None) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_noise_without_a_gpu_is_cudas_error(library: ctypes.CDLL) -> None:
+    status = library.sfrt_noise(*GOOD.values(), None)
+    assert status > 0
+    assert library.sfrt_error_string(status) != b"no error"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("tokens", "token_dim"), [(64, 64), (7, 9)])
 def test_noise_on_the_gpu(library: ctypes.CDLL, tokens: int, token_dim: int) -> None:
-    frames, seed, step = range(5, 8), 2**63 + 11, 2
-    out = torch.empty(len(frames) * tokens, token_dim, device="cuda")
-    stream = torch.cuda.current_stream().cuda_stream
-    status = library.sfrt_noise(out.data_ptr(), seed, frames.start, len(frames), step, tokens * token_dim, stream)
+    frames, steps, seed = range(5, 8), range(1, 3), 2**63 + 11
+    out = torch.empty(len(steps), len(frames) * tokens, token_dim, device="cuda")
+    numbers = (seed, frames.start, len(frames), steps.start, len(steps), tokens * token_dim)
+    status = library.sfrt_noise(out.data_ptr(), *numbers, torch.cuda.current_stream().cuda_stream)
     assert status == 0, library.sfrt_error_string(status)
-    expected = chunk_noise(seed, frames, step, tokens, token_dim, torch.device("cpu"))
+    expected = chunk_noise(seed, frames, steps, tokens, token_dim, torch.device("cpu"))
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=1e-5)

@@ -30,9 +30,6 @@ def test_golden(case: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
 def test_golden_on_the_gpu(case: str, dtype: str) -> None:
-    import torch
-
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     assert [check for check in verify(GOLDEN / case, dtype=dtype, device="cuda") if not check.passed] == []
 
 

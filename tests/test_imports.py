@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
     {"config"},
-    {"ring", "timesteps", "noise", "bundle", "device", "metrics", "video"},
+    {"ring", "timesteps", "noise", "bundle", "weights", "device", "metrics", "video"},
     {"ops"},
     {"cache"},
     {"transformer", "decoders", "text"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +190,14 @@ def test_bad_runtimes_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
         Runtime(tiny_bundle, backend="abacus")
     with pytest.raises(BundleError, match="no model"):
         Runtime(tmp_path / "nothing")
+
+
+def test_a_manifest_of_another_model_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "edited")
+    manifest = tmp_path / "edited" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"num_layers": 2', '"num_layers": 3'))
+    with pytest.raises(BundleError, match=r"tensors of the transformer do not fit its settings: .* missing \(blocks.2"):
+        Runtime(tmp_path / "edited", device="cpu")
 
 
 def test_too_little_memory_is_said_before_it_is_taken(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

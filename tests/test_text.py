@@ -56,11 +56,12 @@ def text_encoder(tokenizer_file: Path) -> TextEncoder:
     return TextEncoder(Tokenizer(tokenizer_file, text_len=12), Umt5Encoder(TINY), cache_size=2)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
-def test_golden_embeddings(dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 1e-2)])
+def test_golden_embeddings(dtype: torch.dtype, tolerance: float, device: str) -> None:
     golden = load_file(GOLDEN / "umt5" / "tensors.safetensors")
     with torch.no_grad():
-        out = golden_encoder(dtype)(golden["ids"], golden["mask"])
+        out = golden_encoder(dtype).to(device)(golden["ids"].to(device), golden["mask"].to(device)).cpu()
     assert out.dtype == dtype
     assert relative_error(out, golden["prompt_embeds"]) <= tolerance
     assert not out[golden["mask"] == 0].any()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sfrt.bundle.writer import LazyTensor
 from sfrt.config import ModelConfig
-from sfrt.errors import CheckpointError, ConfigError
+from sfrt.errors import CheckpointError
 from sfrt_export import spellings
 from sfrt_export.layout import published_shapes
 from sfrt_export.reading import Source, read_source
@@ -76,18 +76,18 @@ def load_transformer(
 
 def _unwrap(source: Source, ema: bool | None, prefer_ema: bool) -> tuple[Mapping[str, Any], bool]:
     """The innermost mapping of tensors, and whether it came from the averaged weights."""
-    data, found = source.data, ""
+    data, is_ema = source.data, False
     wants_ema = prefer_ema if ema is None else ema
     while inner := [name for name in _WRAPPERS if isinstance(data.get(name), Mapping)]:
         name = inner[0]
         if name == _EMA and not wants_ema and _RAW in inner:
             name = _RAW
-        data, found = data[name], found or name
-    if ema is True and found != _EMA:
+        data, is_ema = data[name], is_ema or name == _EMA
+    if ema is True and not is_ema:
         raise CheckpointError(f"{source.path} has no averaged weights ({_EMA}); export it without asking for EMA")
-    if ema is False and found == _EMA:
+    if ema is False and is_ema:
         raise CheckpointError(f"{source.path} has averaged weights only ({_EMA}); export it without refusing EMA")
-    return data, found == _EMA
+    return data, is_ema
 
 
 def named_tensors(source: Source, data: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -156,7 +156,7 @@ def _detect_config(
             patch_size=(patch[2], patch[3], patch[4]),
             eps=float(said.get("eps", defaults.eps)),
         )
-    except ConfigError as error:
+    except (ValueError, TypeError) as error:  # a ConfigError, or a config.json with words for numbers
         raise CheckpointError(f"{source.path} does not describe a model: {error}") from None
 
 

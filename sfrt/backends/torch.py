@@ -11,6 +11,7 @@ from sfrt.config import ModelConfig
 from sfrt.ops.linear import pack_for_cpu
 from sfrt.ring import ChunkPlan, Ring
 from sfrt.transformer import Modulation, TextKV, Transformer, rotary_phases
+from sfrt.weights import assign
 
 _PACKED_FOR_ROWS = 192  # oneDNN's layout hardly depends on it; about a small chunk's tokens
 
@@ -27,7 +28,7 @@ class TorchBackend:
         self.dtype = dtype
         with torch.device("meta"):
             self.model = Transformer(config)
-        self.model.load_state_dict(weights, strict=True, assign=True)
+        assign(self.model, weights, "the transformer")
         self.model.requires_grad_(False).to(device=device, dtype=dtype)
         if device.type == "cpu":
             for part in (self.model.patch_embedding, self.model.text_embedding, self.model.blocks, self.model.head):

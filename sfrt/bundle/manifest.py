@@ -114,7 +114,7 @@ def read_manifest(path: Path) -> Manifest:
         data = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except OSError:
         raise BundleError(f"{path} cannot be read; a bundle is a folder that sfrt export wrote") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not JSON ({error}); export the checkpoint again") from None
     _check_version(path, data)
     try:

@@ -7,6 +7,7 @@ unions of dataclasses that a Literal field called `kind` tells apart.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, Literal, TypeVar
@@ -59,11 +60,22 @@ def _parse(kind: Any, data: Any, key: str) -> Any:
     if origin is dict:
         _expect(data, dict, "an object", key)
         return {name: _parse(arguments[1], item, _join(key, name)) for name, item in data.items()}
-    if kind is float and type(data) is int:
-        return float(data)
+    if kind is float and type(data) in (int, float):
+        return _parse_float(data, key)
     if type(data) is not kind:  # not isinstance: true is no number
         raise SchemaError(key, f"is {data!r}, not {_SCALARS[kind]}")
     return data
+
+
+def _parse_float(data: float, key: str) -> float:
+    """JSON has numbers that no float holds, such as 1e999."""
+    try:
+        value = float(data)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise SchemaError(key, "is too large a number")
+    return value
 
 
 def _parse_dataclass(cls: Any, data: Any, key: str) -> Any:
@@ -79,7 +91,7 @@ def _parse_dataclass(cls: Any, data: Any, key: str) -> Any:
     values = {name: _parse(kinds[name], data[name], _join(key, name)) for name in names}
     try:
         return cls(**values)
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise SchemaError(key, f"does not hold together: {error}" if key else str(error)) from None
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from sfrt.config import DecoderConfig, TaehvConfig
+from sfrt.weights import assign
 
 
 class Decoder(Protocol):
-    """Either autoencoder: pixels [B, F, 3, H, W] in [0, 1], latents [B, T, C, h, w], F = 4·T - 3 from a video's start."""
+    """Either autoencoder: pixels [B, F, 3, H, W] in [0, 1], latents [B, T, C, h, w], F = 4·T - 3 from the start on."""
 
     def decode(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The pixels of these latents and the state to decode the next ones with; state None starts a video."""
@@ -65,6 +66,8 @@ def load_decoder(
             from sfrt.decoders.wan_vae import WanVae
 
             module = WanVae(config)
-    module.load_state_dict(weights, strict=True, assign=True)
     dtype = decoder_dtype(config, device, dtype)
-    return LoadedDecoder(module.requires_grad_(False).eval().to(device=device, dtype=dtype), device, dtype)
+    moved = {name: weight.to(device, dtype) for name, weight in weights.items()}
+    assign(module, moved, "the decoder")
+    # Buffers follow in their own dtype: the statistics of latents are not weights to be rounded.
+    return LoadedDecoder(module.requires_grad_(False).eval().to(device), device, dtype)

@@ -1,0 +1,1 @@
+"""Measurements of sfrt, named and written as the benchmark protocol says (README, "What is measured")."""

@@ -1,0 +1,93 @@
+"""The models that are measured: the built-in one, and random weights where a shape is all that matters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.protocol import Case
+from sfrt.backends import Backend, Grid, Rollout, load_backend
+from sfrt.config import ModelConfig, StreamConfig
+from sfrt.device import DTYPES
+from sfrt.ring import Ring, ring_for
+from sfrt.session import Session, Stage, philox_noise
+from sfrt.timesteps import timesteps_of
+from sfrt.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model of random weights and the stream it runs."""
+
+    name: str
+    model: ModelConfig
+    stream: StreamConfig
+
+
+CPU256 = Shape(
+    name="cpu256",
+    model=ModelConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8, text_dim=512, text_len=64),
+    stream=StreamConfig(height=128, width=128, window=21),
+)
+"""The issue's reference on a CPU: 64 tokens a latent frame, 21 frames in chunks of 3, 4 + 1 passes."""
+
+WAN_1_3B = Shape(name="full21", model=ModelConfig(), stream=StreamConfig())
+"""Wan 2.1 1.3B at 480×832, window 21."""
+
+
+class RandomModel:
+    """Random weights of a shape on a backend, spread as trained ones are; speed does not depend on them."""
+
+    def __init__(self, shape: Shape, backend: str, dtype: str, device: str) -> None:
+        self.shape = shape
+        self.device = torch.device(device)
+        self._names = (backend, dtype, device)
+        torch.manual_seed(0)
+        weights = random_weights(shape.model, self.device, DTYPES[dtype])
+        self.backend: Backend = load_backend(backend, shape.model, weights, self.device, DTYPES[dtype])
+        self.grid = Grid.of(shape.model, shape.stream)
+        self.text = torch.randn(shape.model.text_len, shape.model.text_dim, device=self.device)
+
+    def rollout(self, ring: Ring) -> Rollout:
+        rollout = self.backend.rollout(self.grid, ring, timesteps_of(self.shape.stream))
+        rollout.set_text(self.text)
+        return rollout
+
+    def session(self, chunks: int) -> Session:
+        """A stream without a decoder: what is left is the model's own work."""
+        model, stream = self.shape.model, self.shape.stream
+        ring = ring_for(stream, chunks * stream.chunk)
+        noise = philox_noise(0, self.grid, model, self.device)
+        stage = Stage(model, stream, self.grid, self.device, self.rollout(ring), ring, noise, decoder=None)
+        return Session(stage, self.text, limit=chunks)
+
+    def tokens(self) -> Tensor:
+        """Noise of one chunk."""
+        count = self.shape.stream.chunk * self.grid.tokens
+        return torch.randn(count, self.shape.model.token_dim, device=self.device)
+
+    def case(self) -> Case:
+        return case_of(self.shape.name, f"random {self.shape.model}", self.shape.stream, *self._names, decoder=None)
+
+
+def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Transformer tensors: products scaled by fan-in, norms at one."""
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in Transformer(config).state_dict().items()}
+    return {
+        name: torch.ones(shape, device=device, dtype=dtype)
+        if len(shape) == 1
+        else torch.randn(shape, device=device, dtype=dtype) / shape[-1] ** 0.5
+        for name, shape in shapes.items()
+    }
+
+
+def case_of(
+    name: str, model: str, stream: StreamConfig, backend: str, dtype: str, device: str, decoder: str | None
+) -> Case:
+    stated = {
+        field: getattr(stream, field) for field in ("height", "width", "chunk", "window", "sink", "steps", "shift")
+    }
+    return Case(name=name, model=model, backend=backend, dtype=dtype, device=device, decoder=decoder, **stated)

@@ -1,0 +1,55 @@
+"""From trained weights to the bundle that sfrt streams from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfrt.bundle import Bundle, Manifest, TaehvPart
+from sfrt.bundle.writer import BundleWriter
+from sfrt_train import autoencoder, flow
+from sfrt_train.loop import weights_of
+from sfrt_train.settings import Settings
+from sfrt_train.vocabulary import make_tokenizer
+
+NAME = "shapes"
+FAMILY = "Self Forcing runtime, built-in"
+
+
+def export(settings: Settings, folder: Path, target: Path) -> Bundle:
+    """Write the bundle of what `folder` holds, weights in float16; a bundle at `target` is replaced once all is written."""
+    trained = weights_of(folder, flow.NAME)
+    fresh = target.with_name(f"{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with BundleWriter(fresh) as writer:
+        writer.add_tensors("transformer", _part(trained, "transformer."))
+        writer.add_tensors("text_encoder", _part(trained, "text_encoder."))
+        writer.add_tensors("decoder", _part(weights_of(folder, autoencoder.NAME), ""))
+        writer.add_tokenizer(make_tokenizer(settings, folder))
+        writer.finish(manifest(settings))
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)
+    return Bundle.open(target)
+
+
+def manifest(settings: Settings) -> Manifest:
+    return Manifest(
+        name=NAME,
+        family=FAMILY,
+        model=settings.transformer,
+        stream=settings.stream,
+        dtype="float16",
+        created_by="sfrt_train",
+        decoder=TaehvPart(settings.taehv),
+        text_encoder=settings.text,
+    )
+
+
+def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        key.removeprefix(prefix): value.to(torch.float16) for key, value in weights.items() if key.startswith(prefix)
+    }

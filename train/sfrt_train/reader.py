@@ -1,0 +1,99 @@
+"""Reads colour, shape and motion from the pixels of a video, knowing nothing of the prompt or the model."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfrt_train.data import COLOURS, DIRECTIONS, SHAPES, SIZE, Scene, coverage
+
+_NAMES = list(COLOURS)
+_PALETTE = torch.tensor(list(COLOURS.values()))
+_AREA = {"circle": math.pi, "square": 4 * 0.9**2, "triangle": 0.675**2 * 3 * math.sqrt(3)}
+_FITS = 0.8
+"""Overlap with the best of the three shapes below which an object has none of them."""
+
+
+def read_scene(pixels: Tensor) -> Scene:
+    """Pixels [F, 3, SIZE, SIZE] in [0, 1] -> the scene; a part that cannot be told is "?"."""
+    ground, colour = _colours(pixels)
+    if colour is None:
+        return Scene("?", "?", "?", _NAMES[ground])
+    masks = _masks(pixels, colour, ground)
+    seen = masks.flatten(1).sum(1) > 30
+    if seen.float().mean() < 0.8:
+        return Scene("?", "?", "?", _NAMES[ground])
+    centres = _centres(masks[seen])
+    shape = _most([_shape(mask, centre) for mask, centre in zip(masks[seen], centres)])
+    return Scene(_NAMES[colour], shape, _motion(centres.numpy()), _NAMES[ground])
+
+
+def _colours(pixels: Tensor) -> tuple[int, int | None]:
+    """(background, object) as places in the palette: the two colours that most pixels are nearest to."""
+    away = torch.cdist(pixels.permute(0, 2, 3, 1).reshape(-1, 3), _PALETTE)
+    distance, nearest = away.min(1)
+    counts = torch.bincount(nearest[distance < 0.25], minlength=len(_NAMES))
+    ground, colour = (int(i) for i in counts.topk(2).indices)
+    enough = counts[colour] > 0.02 * len(nearest)
+    return ground, colour if enough else None
+
+
+def _masks(pixels: Tensor, colour: int, ground: int) -> Tensor:
+    """How far each pixel [F, SIZE, SIZE] lies on the way from the background's colour to the object's, in [0, 1]."""
+    way = (_PALETTE[colour] - _PALETTE[ground]).view(1, 3, 1, 1)
+    along = ((pixels - _PALETTE[ground].view(1, 3, 1, 1)) * way).sum(1) / way.square().sum()
+    return along.clamp(0, 1).where(along > 0.25, 0.0)
+
+
+def _centres(masks: Tensor) -> Tensor:
+    """Centroids [F, 2] (x, y) on the torus: first a circular mean, then a plain one in the frame that puts it in the middle."""
+    angles = 2 * math.pi * (torch.arange(SIZE) + 0.5) / SIZE
+    turn = torch.polar(torch.ones(SIZE), angles)
+    rough = torch.stack([(masks.sum(axis) * turn).sum(1).angle() for axis in (1, 2)], dim=1) * SIZE / (2 * math.pi)
+    pixels = torch.arange(SIZE) + 0.5
+    fine = []
+    for axis in (0, 1):
+        offset = (pixels - rough[:, axis : axis + 1] + SIZE / 2) % SIZE - SIZE / 2
+        profile = masks.sum(axis + 1)
+        fine.append(rough[:, axis] + (profile * offset).sum(1) / profile.sum(1))
+    return torch.stack(fine, dim=1) % SIZE
+
+
+def _shape(mask: Tensor, centre: Tensor) -> str:
+    """The shape that, drawn at the same place with the same area, overlaps the mask most."""
+    area = float(mask.sum())
+    best, name = _FITS, "?"
+    for shape in SHAPES:
+        drawn = coverage(centre[None], math.sqrt(area / _AREA[shape]), shape)[0]
+        overlap = float(torch.minimum(drawn, mask).sum() / torch.maximum(drawn, mask).sum())
+        if overlap > best:
+            best, name = overlap, shape
+    return name
+
+
+def _motion(centres: np.ndarray) -> str:
+    """Straight along an axis, turning steadily, or neither (bouncing), from centres [F, 2] on the torus."""
+    moves = (np.diff(centres, axis=0) + SIZE / 2) % SIZE - SIZE / 2
+    smooth = np.stack([np.convolve(moves[:, axis], np.ones(5) / 5, mode="valid") for axis in (0, 1)], axis=1)
+    speeds = np.hypot(smooth[:, 0], smooth[:, 1])
+    if speeds.mean() < 0.4:
+        return "?"
+    mean = smooth.mean(0)
+    if np.hypot(*mean) > 0.9 * speeds.mean():
+        name, share = max(
+            ((name, float(mean @ np.array(way)) / float(np.hypot(*mean))) for name, way in DIRECTIONS.items()),
+            key=lambda pair: pair[1],
+        )
+        return name if share > math.cos(math.radians(20)) else "bouncing"
+    headings = np.unwrap(np.arctan2(smooth[:, 1], smooth[:, 0]))
+    turns = np.diff(headings)
+    steady = np.median(np.abs(turns)) > 0.05 and np.mean(np.sign(turns) == np.sign(np.median(turns))) > 0.75
+    return "circling" if steady else "bouncing"
+
+
+def _most(names: list[str]) -> str:
+    return Counter(names).most_common(1)[0][0]
