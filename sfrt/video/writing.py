@@ -1,7 +1,6 @@
-"""Videos and pictures at the edge of the runtime: frames out to a file or a pipe, a start picture or clip in.
+"""Frames out: to an mp4, a gif, a folder of PNGs or a pipe.
 
-PyAV and Pillow do the work and are imported where they are first needed. Whatever fails on the way becomes a
-MediaError, and what could not be finished is removed unless a player can show it.
+Whatever fails on the way becomes a MediaError, and what could not be finished is removed unless a player can show it.
 """
 
 from __future__ import annotations
@@ -12,22 +11,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sfrt.errors import MediaError
+from sfrt.video.libraries import pull, pyav
 
 if TYPE_CHECKING:
     from av import VideoFrame
-    from av.container import InputContainer
-    from av.filter import Graph
 
 Frames = Tensor | NDArray[np.uint8]
 """Delivered frames: uint8 [F, H, W, 3], a tensor or an array."""
@@ -121,7 +117,7 @@ class _ContainerSink(VideoSink):
 
     def __init__(self, target: str, width: int, height: int, fps: int) -> None:
         super().__init__("standard output" if target == STDOUT else target, width, height)
-        av = _pyav(self.target)
+        av = pyav(self.target)
         self._file = None if target == STDOUT else target
         self._header = b""
         self._whole_bytes = 0
@@ -271,7 +267,7 @@ class _GifSink(_ContainerSink):
 
     def _convert(self, frame: VideoFrame | None) -> Iterable[VideoFrame]:
         self._graph.vpush(frame)
-        return _pull(self._graph)
+        return pull(self._graph)
 
 
 class _PipeSink(_ContainerSink):
@@ -339,99 +335,6 @@ class _PngSink(VideoSink):
                 self._folder.rmdir()
 
 
-def read_frames(
-    path: str | os.PathLike[str], *, height: int, width: int, fps: int = 16, max_frames: int | None = None
-) -> Tensor:
-    """Read a picture (one frame) or a clip, brought to the stream's rate, cut around its centre and resized to fit.
-
-    Returns float32 [F, 3, height, width] in [0, 1]; decoding stops after max_frames. Raises MediaError when the file is
-    missing, damaged or no picture at all.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MediaError(f"cannot read {path}: there is no such file")
-    frames = _read_picture(path, height, width)
-    if frames is None:
-        frames = _read_clip(path, height, width, fps, max_frames)
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().div(255)
-
-
-def _read_picture(path: Path, height: int, width: int) -> NDArray[np.uint8] | None:
-    """[1, height, width, 3], or None if the file is no still picture."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            if getattr(image, "is_animated", False):
-                return None
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            fitted = ImageOps.fit(upright, (width, height), method=Image.Resampling.LANCZOS)
-    except UnidentifiedImageError:
-        return None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MediaError(f"cannot read the picture {path}: {error}") from error
-    return np.array(fitted)[None]
-
-
-def _read_clip(path: Path, height: int, width: int, fps: int, max_frames: int | None) -> NDArray[np.uint8]:
-    """[F, height, width, 3]."""
-    av = _pyav(str(path))
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise MediaError(f"cannot read {path}: there is no picture in it")
-            frames = [frame.to_ndarray() for frame in islice(_fitted(container, height, width, fps), max_frames)]
-    except (OSError, av.FFmpegError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise MediaError(f"cannot read {path} as a picture or a video: {reason}") from error
-    if not frames:
-        raise MediaError(f"cannot read {path}: the video has no frames")
-    return np.stack(frames)
-
-
-def _fitted(container: InputContainer, height: int, width: int, fps: int) -> Iterator[VideoFrame]:
-    """The frames of the first video stream, upright, at this rate and size, as RGB."""
-    from av.filter import Graph
-
-    graph = Graph()
-    stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
-    for frame in container.decode(stream):
-        if not graph.configured:
-            filters = [
-                *_UPRIGHT.get(frame.rotation, ()),
-                ("fps", str(fps)),
-                ("scale", f"{width}:{height}:force_original_aspect_ratio=increase:flags=lanczos"),
-                ("crop", f"{width}:{height}"),
-                ("format", "rgb24"),
-                ("buffersink", ""),
-            ]
-            graph.link_nodes(graph.add_buffer(template=stream), *(graph.add(*each) for each in filters)).configure()
-        graph.vpush(frame)
-        yield from _pull(graph)
-    if graph.configured:
-        graph.vpush(None)
-        yield from _pull(graph)
-
-
-_UPRIGHT = {
-    90: (("transpose", "cclock"),),
-    -90: (("transpose", "clock"),),
-    180: (("hflip", ""), ("vflip", "")),
-    -180: (("hflip", ""), ("vflip", "")),
-}
-"""What turns a frame upright whose file says to turn it by so many degrees counterclockwise, as phones write them."""
-
-
-def _pull(graph: Graph) -> Iterator[VideoFrame]:
-    """The frames that a filter graph has ready."""
-    from av.error import BlockingIOError, EOFError
-
-    with suppress(BlockingIOError, EOFError):
-        while True:
-            yield graph.vpull()
-
-
 def _shows_a_frame(path: str) -> bool:
     import av
 
@@ -440,14 +343,6 @@ def _shows_a_frame(path: str) -> bool:
             return any(True for _ in container.decode(video=0))
     except (OSError, av.FFmpegError, IndexError):
         return False
-
-
-def _pyav(target: str) -> ModuleType:
-    try:
-        import av
-    except ImportError as error:
-        raise MediaError(f"cannot open {target}: videos need PyAV; install it with `pip install av`") from error
-    return av
 
 
 def _cannot_write(target: str, error: Exception) -> MediaError:

@@ -1,0 +1,8 @@
+"""Videos and pictures at the edge of the runtime; PyAV and Pillow do the work and are imported where first needed."""
+
+from __future__ import annotations
+
+from sfrt.video.reading import read_frames
+from sfrt.video.writing import Frames, VideoSink, open_sink
+
+__all__ = ["Frames", "VideoSink", "open_sink", "read_frames"]
