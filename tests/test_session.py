@@ -206,8 +206,9 @@ def test_too_little_memory_is_said_before_it_is_taken(runtime: Runtime, monkeypa
         runtime.session(PROMPT)
 
 
-def test_bfloat16_stays_close_to_float32(tiny_bundle: Path, runtime: Runtime) -> None:
-    half = stream(Runtime(tiny_bundle, device="cpu", dtype="bfloat16"), 2)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_close_to_float32(tiny_bundle: Path, runtime: Runtime, dtype: str) -> None:
+    half = stream(Runtime(tiny_bundle, device="cpu", dtype=dtype), 2)
     full = stream(runtime, 2)
     error = (half[1].latents - full[1].latents).norm() / full[1].latents.norm()
     assert error < 3e-2

@@ -30,7 +30,7 @@ def golden_weights() -> dict[str, Tensor]:
     for key, shape in sorted(case["keys"].items()):
         value = rng.standard_normal(shape, np.float32)
         value *= np.float32(case["weights_gain"] if len(shape) > 1 else 0.1)
-        # Two float32 roundings, product then quotient: one product by the ratio rounds some weights to another bfloat16.
+        # Two float32 roundings, product then quotient: one product by the ratio would round some weights otherwise.
         value /= np.float32(math.sqrt(math.prod(shape[1:])))
         weights[key] = torch.from_numpy(value).bfloat16()
     return weights
@@ -113,7 +113,7 @@ def test_decoding_stays_within_the_picture_and_passes_gradients() -> None:
     model = Taehv(NARROW)
     latents = (100 * torch.randn(1, 2, 6, 2, 2)).requires_grad_()
     pixels, _ = model.decode(latents)
-    assert 0 <= pixels.min() and pixels.max() <= 1
+    assert pixels.min() >= 0 and pixels.max() <= 1
     model.decode_unclamped(latents / 100)[0].sum().backward()
     assert latents.grad is not None and latents.grad.isfinite().all() and latents.grad.abs().sum() > 0
     assert all(value.grad is not None for value in model.decoder.parameters())

@@ -1,4 +1,4 @@
-"""TAEHV, the tiny video autoencoder (Wan 2.1 flavour: published as taew2_1): frames in, frames out, nothing but 2D convolutions.
+"""TAEHV, the tiny video autoencoder, in its Wan 2.1 flavour (published as taew2_1): nothing but 2D convolutions.
 
 Time enters in three ways only: a `MemBlock` sees the frame before its own, a `TPool` folds two frames into one and a
 `TGrow` unfolds one into two. A stage therefore runs over all frames of a chunk at once, and the whole state between two
@@ -52,7 +52,7 @@ class MemBlock(nn.Module):
     def forward(self, frames: Tensor, before: Tensor) -> Tensor:
         """Both [N, width, h, w]; `before` holds the predecessor of each frame."""
         mixed: Tensor = self.conv(torch.cat((frames, before), dim=1))
-        return F.relu(mixed.add_(frames) if not mixed.requires_grad else mixed + frames)
+        return F.relu(mixed + frames)
 
 
 class TPool(nn.Module):
@@ -83,7 +83,7 @@ class TGrow(nn.Module):
         grown: Tensor = self.conv(frames)
         if self.stride == 1:
             return grown
-        # Unfold in the order the convolution left in memory (channels last), so that no later layer has to turn it back.
+        # Unfolded in the order the convolution left in memory (channels last), so that no later layer turns it back.
         count, _, height, columns = grown.shape
         cells = grown.permute(0, 2, 3, 1).unflatten(3, (self.stride, -1)).permute(0, 3, 1, 2, 4)
         return cells.reshape(count * self.stride, height, columns, -1).permute(0, 3, 1, 2)
@@ -101,7 +101,7 @@ def _encoder(config: TaehvConfig) -> nn.Sequential:
 def _decoder(config: TaehvConfig) -> nn.Sequential:
     widths = config.decoder_widths
     layers: list[nn.Module] = [SoftClamp(), _conv(config.latent_channels, widths[0]), nn.ReLU()]
-    for width, next_width, stride in zip(widths, widths[1:], (1, 2, 2)):
+    for width, next_width, stride in zip(widths[:3], widths[1:], (1, 2, 2), strict=True):
         layers += [MemBlock(width) for _ in range(3)]
         layers += [nn.Upsample(scale_factor=2), TGrow(width, stride), _conv(width, next_width, bias=False)]
     return nn.Sequential(*layers, nn.ReLU(), _conv(widths[-1], 3))
@@ -127,7 +127,7 @@ def _run(stages: nn.Sequential, video: Tensor, memory: tuple[Tensor, ...] | None
 
 
 def _cheapest_order(stages: nn.Sequential) -> Iterator[nn.Module]:
-    """The stages with every `TGrow` before the upsampling it follows: a 1×1 convolution commutes with repeating pixels."""
+    """The stages with each `TGrow` before the upsampling it follows: 1×1 convolutions do not mind repeated pixels."""
     waiting: nn.Module | None = None
     for stage in stages:
         if isinstance(stage, nn.Upsample):
@@ -169,5 +169,5 @@ class Taehv(nn.Module):
         return self.encode_groups(torch.cat((pixels[:, :1].expand(-1, TIME - 1, -1, -1, -1), pixels), dim=1))
 
     def encode_groups(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 4·T, 3, H, W] -> latents [B, T, C, H/8, W/8]: the plain encoder, every latent frame from 4 frames."""
+        """Pixels [B, 4·T, 3, H, W] -> latents [B, T, C, H/8, W/8]: the plain encoder, four frames to a latent frame."""
         return _run(self.encoder, pixels, None)[0]

@@ -14,7 +14,8 @@ _QUERY_BLOCK = 512  # rows of scores made at once: bounds the work space at long
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[..., L, H, d] from queries [..., L, H, d] and keys and values [..., H, S, d]."""
-    if q.ndim == 3 and q.device.type == "cpu" and q.dtype == torch.float32 and not q.requires_grad:
+    on_cpu = q.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if on_cpu and q.ndim == 3 and q.dtype == torch.float32 and not q.requires_grad:
         return _onednn_attention(q, k, v)
     queries = q.transpose(-2, -3).reshape(-1, *k.shape[-3:-2], q.shape[-3], q.shape[-1])
     out = F.scaled_dot_product_attention(queries, k.reshape(-1, *k.shape[-3:]), v.reshape(-1, *v.shape[-3:]))

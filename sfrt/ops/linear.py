@@ -32,11 +32,20 @@ class Linear(nn.Linear):
 
 
 def pack_for_cpu(module: nn.Module, rows: int) -> None:
-    """Reorder the weights of every Linear below `module` into oneDNN's blocked layout, for about `rows` rows at a time.
+    """Reorder the weights of every Linear below `module` into oneDNN's blocked layout, for about `rows` rows.
 
-    Inference on a CPU only. The plain weights are let go, one layer at a time, so the peak is one layer more.
+    Inference on a CPU only. The plain weights are let go, one layer at a time, so the peak is one layer more. Weights in
+    a dtype that oneDNN cannot multiply on this CPU stay as they are.
     """
     for layer in module.modules():
-        if isinstance(layer, Linear):
+        if isinstance(layer, Linear) and _can_pack(layer.weight.dtype):
             packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
             layer.weight = nn.Parameter(packed, requires_grad=False)
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32

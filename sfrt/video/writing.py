@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -91,19 +91,25 @@ def open_sink(target: str, *, width: int, height: int, fps: int) -> VideoSink:
     000000.png, 000001.png …; "-" is raw video (YUV4MPEG2, 4:2:0) on standard output. Files are replaced, but a folder
     must be new or empty. Raises MediaError when the ending is unknown or the target cannot be written.
     """
+    return _kind_of(target)(target, width, height, fps)
+
+
+def check_target(target: str) -> None:
+    """Raise MediaError where the ending of the target names no kind of video, before any work is done for it."""
+    _kind_of(target)
+
+
+def _kind_of(target: str) -> Callable[[str, int, int, int], VideoSink]:
     if target == STDOUT:
-        return _PipeSink(target, width, height, fps)
+        return _PipeSink
     ending = "" if target.endswith(("/", os.sep)) else Path(target).suffix.lower()
-    if ending == ".mp4":
-        return _Mp4Sink(target, width, height, fps)
-    if ending == ".gif":
-        return _GifSink(target, width, height, fps)
-    if ending == "":
-        return _PngSink(target, width, height)
-    raise MediaError(
-        f"cannot write {target}: unknown ending {ending}; use .mp4, .gif, a folder (no ending) for PNG pictures, "
-        "or - for raw video on standard output"
-    )
+    kinds: dict[str, Callable[[str, int, int, int], VideoSink]] = {".mp4": _Mp4Sink, ".gif": _GifSink, "": _PngSink}
+    if ending not in kinds:
+        raise MediaError(
+            f"cannot write {target}: unknown ending {ending}; use .mp4, .gif, a folder (no ending) for PNG pictures, "
+            "or - for raw video on standard output"
+        )
+    return kinds[ending]
 
 
 class _ContainerSink(VideoSink):
@@ -303,9 +309,9 @@ class _PipeSink(_ContainerSink):
 
 
 class _PngSink(VideoSink):
-    """A folder of numbered pictures."""
+    """A folder of numbered pictures, to which the rate means nothing."""
 
-    def __init__(self, target: str, width: int, height: int) -> None:
+    def __init__(self, target: str, width: int, height: int, fps: int) -> None:
         super().__init__(target, width, height)
         self._folder = Path(target)
         try:
