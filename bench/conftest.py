@@ -15,6 +15,7 @@ Record = Callable[[Case, Sequence[Figure]], None]
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sfrt")
     group.addoption("--sfrt-device", default="cpu", help="device to measure on: cpu, cuda, cuda:N")
+    group.addoption("--sfrt-shape", default="cpu256", help="random model to measure: cpu256, full21")
     group.addoption("--sfrt-json", type=Path, help="write all figures of this run to a file")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,8 @@ CPU256 = Shape(
 WAN_1_3B = Shape(name="full21", model=ModelConfig(), stream=StreamConfig())
 """Wan 2.1 1.3B at 480×832, window 21."""
 
+SHAPES = {shape.name: shape for shape in (CPU256, WAN_1_3B)}
+
 
 class RandomModel:
     """Random weights of a shape on a backend, spread as trained ones are; speed does not depend on them."""
@@ -43,10 +46,11 @@ class RandomModel:
     def __init__(self, shape: Shape, backend: str, dtype: str, device: str) -> None:
         self.shape = shape
         self.device = torch.device(device)
+        self.dtype = DTYPES[dtype]
         self._names = (backend, dtype, device)
         torch.manual_seed(0)
-        weights = random_weights(shape.model, self.device, DTYPES[dtype])
-        self.backend: Backend = load_backend(backend, shape.model, weights, self.device, DTYPES[dtype])
+        weights = random_weights(shape.model, self.device, self.dtype)
+        self.backend: Backend = load_backend(backend, shape.model, weights, self.device, self.dtype)
         self.grid = Grid.of(shape.model, shape.stream)
         self.text = torch.randn(shape.model.text_len, shape.model.text_dim, device=self.device)
 
@@ -62,6 +66,12 @@ class RandomModel:
         noise = philox_noise(0, self.grid, model, self.device)
         stage = Stage(model, stream, self.grid, self.device, self.rollout(ring), ring, noise, decoder=None)
         return Session(stage, self.text, limit=chunks)
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Do some work to its end, on a GPU too."""
+        work()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def tokens(self) -> Tensor:
         """Noise of one chunk."""

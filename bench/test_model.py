@@ -9,8 +9,9 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.conftest import Record
-from bench.models import CPU256, RandomModel
+from bench.models import SHAPES, RandomModel
 from bench.protocol import Figure, peak_gib
+from bench.roofline import matrix_rate, operations
 from sfrt.backends import BACKENDS
 from sfrt.ring import ring_for
 
@@ -20,7 +21,7 @@ CHUNKS = 7
 @pytest.fixture(scope="module", params=list(itertools.product(BACKENDS, ("float32", "bfloat16"))), ids="-".join)
 def model(request: pytest.FixtureRequest, device: str) -> RandomModel:
     backend, dtype = request.param
-    return RandomModel(CPU256, backend, dtype, device)
+    return RandomModel(SHAPES[request.config.getoption("--sfrt-shape")], backend, dtype, device)
 
 
 def milliseconds(name: str, benchmark: BenchmarkFixture) -> Figure:
@@ -32,8 +33,12 @@ def test_step(benchmark: BenchmarkFixture, model: RandomModel, record: Record) -
     ring = ring_for(model.shape.stream)
     rollout, tokens = model.rollout(ring), model.tokens()
     rollout.place(ring.plan(ring.slots, model.shape.stream.chunk))
-    benchmark.pedantic(lambda: rollout.flow(tokens, 1000.0), rounds=30, warmup_rounds=3)
-    record(model.case(), [milliseconds("step_ms", benchmark)])
+    benchmark.pedantic(model.run, args=(lambda: rollout.flow(tokens, 1000.0),), rounds=30, warmup_rounds=3)
+    step = milliseconds("step_ms", benchmark)
+    needed = operations(model.shape.model, len(tokens), ring.slots * model.grid.tokens)
+    rate = matrix_rate(model.device, model.dtype)
+    roofline = Figure("roofline", tuple(needed / (ms / 1e3) / rate for ms in step.samples))
+    record(model.case(), [step, roofline, Figure("matrix_tflops", (rate / 1e12,))])
 
 
 def test_refresh(benchmark: BenchmarkFixture, model: RandomModel, record: Record) -> None:
@@ -41,7 +46,7 @@ def test_refresh(benchmark: BenchmarkFixture, model: RandomModel, record: Record
     ring = ring_for(model.shape.stream)
     rollout, tokens = model.rollout(ring), model.tokens()
     rollout.place(ring.plan(ring.slots, model.shape.stream.chunk))
-    benchmark.pedantic(lambda: rollout.refresh(tokens, 0.0), rounds=30, warmup_rounds=3)
+    benchmark.pedantic(model.run, args=(lambda: rollout.refresh(tokens, 0.0),), rounds=30, warmup_rounds=3)
     record(model.case(), [milliseconds("refresh_ms", benchmark)])
 
 
