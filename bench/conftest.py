@@ -6,10 +6,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.protocol import Case, Figure, write
+from bench.models import SHAPES, Shape
+from bench.protocol import Case, Figure, environment, forget_peak, write
 
 Record = Callable[[Case, Sequence[Figure]], None]
+
+
+def seconds(benchmark: BenchmarkFixture) -> tuple[float, ...]:
+    """What the benchmark measured; with --benchmark-disable the case ran once and ends here."""
+    if benchmark.stats is None:
+        pytest.skip("ran once; nothing was measured")
+    return tuple(benchmark.stats.stats.data)
+
+
+def milliseconds(name: str, benchmark: BenchmarkFixture) -> Figure:
+    """The same as a figure."""
+    return Figure(name, tuple(sample * 1e3 for sample in seconds(benchmark)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,10 +39,21 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
+def shape(request: pytest.FixtureRequest) -> Shape:
+    return SHAPES[request.config.getoption("--sfrt-shape")]
+
+
+@pytest.fixture(scope="session")
 def record(request: pytest.FixtureRequest, device: str) -> Iterator[Record]:
     """Keep a case's figures for the run's file."""
     measured: list[tuple[Case, Sequence[Figure]]] = []
+    surroundings = environment(device)
     yield lambda case, figures: measured.append((case, figures))
     path = request.config.getoption("--sfrt-json")
     if path is not None and measured:
-        write(path, device, measured)
+        write(path, surroundings, measured)
+
+
+@pytest.fixture(autouse=True)
+def _memory_of_its_own(device: str) -> None:
+    forget_peak(device)

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from bench.protocol import Case
 from sfrt.backends import Backend, Grid, Rollout, load_backend
-from sfrt.config import ModelConfig, StreamConfig
+from sfrt.config import DecoderConfig, ModelConfig, StreamConfig, TaehvConfig, WanVaeConfig
+from sfrt.decoders import LoadedDecoder, load_decoder
+from sfrt.decoders.taehv import Taehv
+from sfrt.decoders.wan_vae import WanVae
 from sfrt.device import DTYPES
 from sfrt.ring import Ring, ring_for
 from sfrt.session import Session, Stage, philox_noise
@@ -20,21 +23,31 @@ from sfrt.transformer import Transformer
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of random weights and the stream it runs."""
+    """A model of random weights, the stream it runs, and the autoencoders of its size by kind."""
 
     name: str
     model: ModelConfig
     stream: StreamConfig
+    decoders: dict[str, DecoderConfig]
 
 
 CPU256 = Shape(
     name="cpu256",
     model=ModelConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8, text_dim=512, text_len=64),
     stream=StreamConfig(height=128, width=128, window=21),
+    decoders={
+        "wan_vae": WanVaeConfig(dim=24),
+        "taehv": TaehvConfig(encoder_width=16, decoder_widths=(64, 32, 16, 16)),
+    },
 )
-"""The issue's reference on a CPU: 64 tokens a latent frame, 21 frames in chunks of 3, 4 + 1 passes."""
+"""Small enough for a CPU: 64 tokens a latent frame, 21 frames in chunks of 3, 4 + 1 passes."""
 
-WAN_1_3B = Shape(name="full21", model=ModelConfig(), stream=StreamConfig())
+WAN_1_3B = Shape(
+    name="full21",
+    model=ModelConfig(),
+    stream=StreamConfig(),
+    decoders={"wan_vae": WanVaeConfig(), "taehv": TaehvConfig()},
+)
 """Wan 2.1 1.3B at 480×832, window 21."""
 
 SHAPES = {shape.name: shape for shape in (CPU256, WAN_1_3B)}
@@ -55,9 +68,19 @@ class RandomModel:
         self.text = torch.randn(shape.model.text_len, shape.model.text_dim, device=self.device)
 
     def rollout(self, ring: Ring) -> Rollout:
-        rollout = self.backend.rollout(self.grid, ring, timesteps_of(self.shape.stream))
+        """Without a prompt yet."""
+        return self.backend.rollout(self.grid, ring, timesteps_of(self.shape.stream))
+
+    def full_rollout(self) -> tuple[Rollout, int]:
+        """With a prompt and every slot of the ring in view of the next chunk; how many keys that are."""
+        ring = ring_for(self.shape.stream)
+        rollout = self.rollout(ring)
         rollout.set_text(self.text)
-        return rollout
+        chunk = self.shape.stream.chunk
+        for start in range(0, ring.slots + chunk, chunk):  # what was never written could be slow to compute with
+            rollout.place(ring.plan(start, chunk))
+            rollout.refresh(self.tokens(), 0.0)
+        return rollout, ring.slots * self.grid.tokens
 
     def session(self, chunks: int) -> Session:
         """A stream without a decoder: what is left is the model's own work."""
@@ -94,10 +117,18 @@ def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype
     }
 
 
+def random_decoder(config: DecoderConfig, dtype: str, device: str) -> LoadedDecoder:
+    """An autoencoder of random weights."""
+    torch.manual_seed(0)
+    module = Taehv(config) if isinstance(config, TaehvConfig) else WanVae(config)
+    return load_decoder(config, module.state_dict(), torch.device(device), DTYPES[dtype])
+
+
 def case_of(
     name: str, model: str, stream: StreamConfig, backend: str, dtype: str, device: str, decoder: str | None
 ) -> Case:
     stated = {
-        field: getattr(stream, field) for field in ("height", "width", "chunk", "window", "sink", "steps", "shift")
+        field: getattr(stream, field)
+        for field in ("height", "width", "chunk", "window", "sink", "steps", "sampler", "shift")
     }
     return Case(name=name, model=model, backend=backend, dtype=dtype, device=device, decoder=decoder, **stated)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -14,10 +13,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+from sfrt import machine
+from sfrt.metrics import percentiles
+
 _LIBRARIES = ("torch", "triton", "numpy", "onnxruntime", "tensorrt", "flash-attn")
 
 
@@ -28,12 +28,13 @@ class Figure:
     name: str
     samples: tuple[float, ...]
 
-    def quantile(self, share: float) -> float:
-        return float(np.quantile(self.samples, share))
+    @property
+    def percentiles(self) -> dict[str, float]:
+        """p50, p95 and p99."""
+        return percentiles(self.samples)
 
     def as_json(self) -> dict[str, Any]:
-        quantiles = {f"p{round(share * 100)}": self.quantile(share) for share in (0.5, 0.95, 0.99)}
-        return {**quantiles, "samples": list(self.samples)}
+        return {**self.percentiles, "samples": list(self.samples)}
 
 
 @dataclass(frozen=True)
@@ -51,71 +52,63 @@ class Case:
     window: int | None
     sink: int
     steps: tuple[float, ...]
+    sampler: str
     shift: float
     decoder: str | None
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Machine, versions, commit and date, as far as they can be told."""
+    """Machine, versions, commit, date and load, as far as they can be told. Take it before the run, which is a load."""
+    cpu = machine.processor()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": f"{cpu.cores} × {cpu.name}",
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],
-        "versions": {name: version for name in _LIBRARIES if (version := _version(name))},
-        **(_gpu() if device.startswith("cuda") else {}),
+        "versions": {name: version for name in _LIBRARIES if (version := machine.version_of(name))},
+        **(_gpu(device) if device.startswith("cuda") else {}),
     }
 
 
-def peak_gib(device: str) -> float:
-    """Peak memory in GiB: of the device on a GPU, of this process on a CPU."""
+def forget_peak(device: str) -> None:
+    """Begin a case: on a GPU its peak memory counts from here."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        torch.cuda.init()  # resetting needs what other calls make as they come
+        torch.cuda.reset_peak_memory_stats(device)
 
 
-def write(path: Path, device: str, measured: Sequence[tuple[Case, Sequence[Figure]]]) -> None:
-    """One JSON file for one run."""
+def peak(device: str) -> Figure:
+    """Peak memory in GiB: of the case on a GPU, of this process since it began on a CPU."""
+    if device.startswith("cuda"):
+        return Figure("peak_gib", (torch.cuda.max_memory_allocated(device) / 2**30,))
+    return Figure("process_peak_gib", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,))
+
+
+def write(path: Path, surroundings: dict[str, Any], measured: Sequence[tuple[Case, Sequence[Figure]]]) -> None:
+    """One JSON file for one run; surroundings are what environment() said before it."""
     cases = [
         {**asdict(case), "figures": {figure.name: figure.as_json() for figure in figures}} for case, figures in measured
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(device), "cases": cases}, indent=1) + "\n")
+    path.write_text(json.dumps({"environment": surroundings, "cases": cases}, indent=1) + "\n")
 
 
 def _commit() -> str | None:
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent)
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:  # no git here
+        return None
     return git.stdout.strip() or None
 
 
-def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if cpuinfo.is_file()
-        else []
-    )
-    return f"{len(os.sched_getaffinity(0))} × {names[0].split(':')[1].strip()}" if names else platform.processor()
-
-
-def _version(library: str) -> str | None:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _gpu() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(0)
-    told: dict[str, Any] = {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}"}
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        told["driver"] = pynvml.nvmlSystemGetDriverVersion()
-    except (ImportError, pynvml.NVMLError):
-        told["driver"] = None
-    return told
+def _gpu(device: str) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": machine.driver_version(),
+    }

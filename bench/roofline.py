@@ -33,5 +33,5 @@ def _timed(left: torch.Tensor, right: torch.Tensor) -> float:
     started = time.perf_counter()
     left @ right
     if left.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(left.device)
     return time.perf_counter() - started

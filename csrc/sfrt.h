@@ -5,6 +5,8 @@
  *   SFRT_INVALID_ARGUMENT  an argument is impossible; nothing was queued
  *   above zero             the cudaError_t of the launch
  * sfrt_error_string says it in words.
+ *
+ * No backend of sfrt calls these functions yet; their tests do.
  */
 #ifndef SFRT_H
 #define SFRT_H

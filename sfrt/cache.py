@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from sfrt.config import ModelConfig
+from sfrt.device import require_memory
 from sfrt.ops.attention import attention
 from sfrt.ring import ChunkPlan, Ring
 
@@ -14,20 +17,19 @@ class KVCache:
     """Keys and values of every layer in ring slots, each [layers, H, slots · tokens, d]; written in place, never moved.
 
     tokens is the number of tokens per latent frame. Between `place` and the next one, every pass writes the same slots.
+    Raises DeviceError where the memory is not there.
     """
 
     def __init__(self, config: ModelConfig, ring: Ring, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (config.num_layers, config.num_heads, ring.slots * tokens, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        needed = 2 * math.prod(shape) * dtype.itemsize
+        require_memory(needed, f"a ring of {ring.slots} latent frames of {tokens} tokens", device)
+        # Left as it comes: a slot is seen only once a frame was written to it.
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
         self.tokens = tokens
         self._visible = 0
         self._runs: tuple[tuple[slice, slice], ...] = ()
-
-    @staticmethod
-    def bytes_needed(config: ModelConfig, ring: Ring, tokens: int, dtype: torch.dtype) -> int:
-        """What a cache of this shape occupies."""
-        return 2 * config.num_layers * ring.slots * tokens * config.dim * dtype.itemsize
 
     def place(self, plan: ChunkPlan) -> None:
         """Choose where the coming passes write and what they see."""

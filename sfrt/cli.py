@@ -8,6 +8,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from sfrt.config import StreamConfig
     from sfrt.metrics import StreamMeter
     from sfrt.session import Session
-    from sfrt.video import VideoSink
+    from sfrt.video import VideoWriter
     from sfrt_export.verify import Check
 
 FAILED = 1
@@ -30,6 +31,16 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 
 DEFAULT_SECONDS = 5.0
+LONGEST_SECONDS = 1e9
+"""A stream of four latent frames a second can number them that long (noise.py: 32 bits)."""
+
+
+def _seconds(text: str) -> float:
+    """A length of video; NaN and infinity are none."""
+    with suppress(ValueError):
+        if 0 < (seconds := float(text)) <= LONGEST_SECONDS:
+            return seconds
+    raise click.BadParameter(f"{text!r} is no length of a video; give seconds, such as 5")
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -49,6 +60,12 @@ def stream_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--window", type=int, help="Latent frames in view, with the sink and the chunk itself."),
         click.option("--shift", type=float, help="Shift of the noise schedule."),
         click.option(
+            "--first-steps",
+            type=_numbers,
+            metavar="LIST",
+            help="Timesteps of the first chunk.  [default: --steps, where given]",
+        ),
+        click.option(
             "--steps", type=_numbers, metavar="LIST", help="Timesteps from noise to picture, such as 1000,750,500,250."
         ),
     ):
@@ -57,9 +74,9 @@ def stream_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
-    """The stream settings that were asked for; steps that were hold for the first chunk as well."""
+    """The stream settings that were asked for; steps hold for the first chunk as well, unless it was given its own."""
     given = {name: value for name, value in settings.items() if value is not None}
-    return {**given, "first_steps": None} if "steps" in given else given
+    return {"first_steps": None, **given} if "steps" in given else given
 
 
 def _json_option(help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -80,7 +97,7 @@ def cli() -> None:
 @click.argument("prompt")
 @click.option("-o", "--output", metavar="FILE", required=True, help=".mp4, .gif, a new folder for PNGs, or - for y4m.")
 @click.option("--model", metavar="DIR", help="A bundle that sfrt export wrote.  [default: the built-in model]")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Seconds of new video.  [default: 5]")
+@click.option("--seconds", type=_seconds, metavar="NUMBER", help="Seconds of new video.  [default: 5]")
 @click.option("--chunks", type=click.IntRange(1), help="Length in chunks instead.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same video.")
 @click.option("--initial", metavar="FILE", help="A picture or clip to go on from.")
@@ -110,20 +127,23 @@ def generate(
         raise click.UsageError("--json and -o - would share standard output; give the video a file")
     from sfrt.metrics import StreamMeter
     from sfrt.runtime import Runtime
-    from sfrt.video import check_target, open_sink
+    from sfrt.video import check_target, open_writer
 
     check_target(output)  # a model can take long to load
     runtime = Runtime(model, device=device, dtype=dtype, backend=backend)
     if runtime.manifest.decoder is None:
-        raise BundleError(f"{model} has no decoder to see pixels with; export it again with --taehv or --vae")
+        raise BundleError(
+            f"the model {runtime.manifest.name!r} has no decoder to see pixels with; "
+            "export it again with --taehv or --vae"
+        )
     stream = dataclasses.replace(runtime.stream, **_given(settings))
     length = _length_of(seconds or DEFAULT_SECONDS, stream) if chunks is None else Length(chunks)
     meter = StreamMeter()
     with (
         runtime.session(prompt, seed=seed, initial=initial, limit=length.chunks, stream=stream) as session,
-        open_sink(output, width=stream.width, height=stream.height, fps=stream.fps) as sink,
+        open_writer(output, width=stream.width, height=stream.height, fps=stream.fps) as writer,
     ):
-        frames = _pump(session, sink, length, meter)
+        frames = _pump(session, writer, length, meter)
     if not as_json:
         click.echo(f"{output}: {frames} frames, {meter}", err=True)
         return
@@ -154,15 +174,15 @@ def _length_of(seconds: float, stream: StreamConfig) -> Length:
     return Length(1 + max(0, math.ceil(after_first / stream.chunk)), frames)
 
 
-def _pump(session: Session, sink: VideoSink, length: Length, meter: StreamMeter) -> int:
-    """Chunks into the sink until the length is reached or the reader leaves; how many frames were written."""
+def _pump(session: Session, writer: VideoWriter, length: Length, meter: StreamMeter) -> int:
+    """Chunks into the writer until the length is reached or the reader leaves; how many frames were written."""
     from tqdm import tqdm
 
     layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} chunks [{elapsed}<{remaining}{postfix}]"
     written = 0
     if session.initial_frames is not None:
         written = len(session.initial_frames)
-        sink.write(session.initial_frames)
+        writer.write(session.initial_frames)
     end = None if length.frames is None else written + length.frames
     with tqdm(total=length.chunks, bar_format=layout, file=sys.stderr, disable=None, leave=False) as bar:
         for chunk in session:
@@ -171,7 +191,10 @@ def _pump(session: Session, sink: VideoSink, length: Length, meter: StreamMeter)
             bar.update()
             frames = chunk.frames if end is None else chunk.frames[: end - written]
             written += len(frames)
-            if not sink.write(frames) or written == end:
+            last = written == end or chunk.index + 1 == length.chunks
+            if not last:
+                session.refresh()  # a GPU runs it while the frames are encoded here
+            if not writer.write(frames) or last:
                 break
     return written
 
@@ -267,21 +290,38 @@ def info(directory: str | None, as_json: bool) -> None:
 def _describe(manifest: Manifest) -> str:
     model, stream = manifest.model, manifest.stream
     window = "everything in view" if stream.window is None else f"window {stream.window}, sink {stream.sink}"
-    steps = ", ".join(f"{step:g}" for step in stream.steps)
     rows = {
         "name": f"{manifest.name}, family {manifest.family}, written by {manifest.created_by}",
-        "transformer": f"dim {model.dim}, {model.num_heads} heads, {model.num_layers} layers, {manifest.dtype}",
+        "transformer": f"dim {model.dim}, {model.num_heads} heads, {model.num_layers} layers",
+        "weights": f"{manifest.weights}, {manifest.dtype}",
         "decoder": "none" if manifest.decoder is None else manifest.decoder.kind,
         "text encoder": "none"
         if manifest.text_encoder is None
         else f"UMT5, dim {manifest.text_encoder.dim}, {manifest.text_encoder.num_layers} layers",
         "stream": f"{stream.width}×{stream.height} at {stream.fps} fps, chunks of {stream.chunk}, {window}",
-        "steps": f"{steps}{' warped' if stream.warp else ''}, shift {stream.shift:g}",
+        "steps": f"{_listed(stream.steps)}{' warped' if stream.warp else ''}, shift {stream.shift:g}",
+        **_rarities(stream),
         **{name: f"{info.bytes / 1e6:.1f} MB, sha256 {info.sha256[:12]}…" for name, info in manifest.files.items()},
         **{f"from {name}": f"{info.bytes / 1e6:.1f} MB" for name, info in manifest.source.items()},
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def _rarities(stream: StreamConfig) -> dict[str, str]:
+    """Settings that few models have: rows for those that this one does."""
+    rows = {}
+    if stream.first_chunk is not None:
+        rows["first chunk"] = f"{stream.first_chunk} of {stream.chunk} latent frames"
+    if stream.first_steps is not None:
+        rows["first steps"] = _listed(stream.first_steps)
+    if stream.context_noise:
+        rows["context noise"] = f"{stream.context_noise:g}"
+    return rows
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
 
 
 @cli.command()
@@ -340,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             status = cli.main(arguments, prog_name="sfrt", standalone_mode=False)
-    except (SfrtError, click.ClickException) as error:
+    except (SfrtError, click.ClickException, OSError) as error:
         sys.exit(_complain(error))
     except (click.Abort, KeyboardInterrupt):
         click.echo("sfrt: interrupted", err=True)
@@ -348,11 +388,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(status)
 
 
-def _complain(error: SfrtError | click.ClickException) -> int:
+def _complain(error: SfrtError | click.ClickException | OSError) -> int:
     """One line on stderr that names the thing and the way out."""
     message = str(error)
     if isinstance(error, click.ClickException):
         message = error.format_message().rstrip(".")
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}"
     if isinstance(error, click.UsageError) and error.ctx is not None:
         message += f"; see {error.ctx.command_path} --help"
     click.echo(f"sfrt: error: {' '.join(message.split())}", err=True)

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
+from typing import Literal, get_args
 
 from sfrt.errors import ConfigError
+
+Sampler = Literal["renoise", "euler"]
 
 TRAIN_TIMESTEPS = 1000
 """Length of the flow-matching table that all models of this family were trained with."""
@@ -32,6 +36,7 @@ class ModelConfig:
     text_len: int = 512
     latent_channels: int = 16
     patch_size: tuple[int, int, int] = (1, 2, 2)
+    rotary_base: float = 10000.0
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -45,6 +50,10 @@ class ModelConfig:
         _require(
             self.head_dim >= 6,
             f"heads of {self.head_dim} are too small for rotary phases on three axes (6 or more)",
+        )
+        _require(
+            self.rotary_base > 1 and self.eps > 0 and self.latent_channels > 0,
+            "model rotary_base must be above 1, eps and latent_channels above 0",
         )
         _require(
             self.freq_dim > 0 and self.freq_dim % 2 == 0,
@@ -71,7 +80,9 @@ class StreamConfig:
 
     window counts the sink frames and the chunk itself; None keeps every frame in view, which only a stream of
     limited length can do. steps are timesteps of the training table; warp moves them with the shift, as the
-    published configurations mean it. first_steps, where given, replaces steps for the first chunk.
+    published configurations mean it. first_steps, where given, replaces steps for the first chunk. sampler is how a
+    step goes on to the next: "renoise" mixes the predicted picture with fresh noise, as distilled few-step models are
+    trained to be used; "euler" follows the predicted flow, as a model trained by flow matching alone must be.
     """
 
     chunk: int = 3
@@ -80,6 +91,7 @@ class StreamConfig:
     sink: int = 0
     steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     first_steps: tuple[float, ...] | None = None
+    sampler: Sampler = "renoise"
     warp: bool = True
     shift: float = 5.0
     context_noise: float = 0.0
@@ -100,10 +112,17 @@ class StreamConfig:
                 f"window {self.window} is smaller than chunk {self.chunk} + sink {self.sink}; "
                 f"make it at least {self.chunk + self.sink}",
             )
-        _check_steps(self.steps)
-        if self.first_steps is not None:
-            _check_steps(self.first_steps)
-        _require(self.shift > 0, f"shift is {self.shift}; it must be positive")
+        _require(
+            self.sampler in get_args(Sampler),
+            f"no sampler is called {self.sampler!r}; choose one of: {', '.join(get_args(Sampler))}",
+        )
+        for steps in (self.steps, self.first_steps or self.steps):
+            _check_steps(steps)
+            _require(
+                not self.warp or all(step == int(step) for step in steps),
+                f"steps {list(steps)} are warped, so they must be whole numbers: entries of the training table",
+            )
+        _require(0 < self.shift < inf, f"shift is {self.shift}; it must be positive and finite")
         _require(
             0 <= self.context_noise < TRAIN_TIMESTEPS,
             f"context noise is {self.context_noise}; it must lie in [0, {TRAIN_TIMESTEPS})",

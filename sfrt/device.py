@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
+from sfrt import machine
 from sfrt.errors import ConfigError, DeviceError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,12 +45,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def free_bytes(device: torch.device) -> int | None:
     """Memory that can be had on the device now; None where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+        # What torch keeps for reuse is free to us, though not to the driver.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    memory = machine.memory()
+    return None if memory is None else memory.available
 
 
 def require_memory(needed: int, what: str, device: torch.device) -> None:
@@ -59,3 +60,14 @@ def require_memory(needed: int, what: str, device: torch.device) -> None:
             f"{what} needs {needed / 2**30:.2f} GiB on {device} and {free / 2**30:.2f} GiB are free; "
             "use a smaller resolution, window or dtype, or another device"
         )
+
+
+@contextmanager
+def memory_told(what: str, device: torch.device) -> Iterator[None]:
+    """Turn torch running out of memory into a DeviceError that names what ran out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{what} ran out of memory on {device}; use a smaller resolution, window or dtype, or another device"
+        ) from error

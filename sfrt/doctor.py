@@ -16,10 +16,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from sfrt import machine
 from sfrt.errors import SfrtError
 
 Status = Literal["ok", "absent", "broken"]
@@ -60,30 +60,19 @@ def _system() -> Probe:
 
 
 def _cpu() -> Probe:
-    model, flags = platform.processor() or platform.machine(), set[str]()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        fields = dict(_split_field(line) for line in info.read_text("utf-8", "replace").splitlines() if ":" in line)
-        model, flags = fields.get("model name", model), set(fields.get("flags", "").split())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpu = machine.processor()
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-    found = ", ".join([model, f"{cores} cores", *(flag for flag in wanted if flag in flags)])
-    if flags & {"avx512_bf16", "amx_bf16"}:
+    found = ", ".join([cpu.name, f"{cpu.cores} cores", *(flag for flag in wanted if flag in cpu.flags)])
+    if cpu.flags & {"avx512_bf16", "amx_bf16"}:
         return _ok("cpu", found, "float32, and bfloat16 in hardware")
     return _ok("cpu", found, "float32; bfloat16 works but is emulated, so slower")
 
 
-def _split_field(line: str) -> tuple[str, str]:
-    name, _, value = line.partition(":")
-    return name.strip(), value.strip()
-
-
 def _memory() -> Probe:
-    info = Path("/proc/meminfo")
-    if not info.exists():
+    memory = machine.memory()
+    if memory is None:
         return _absent("memory", "unknown", "this system does not say (no /proc/meminfo)")
-    fields = dict(_split_field(line) for line in info.read_text().splitlines() if ":" in line)
-    total, free = (int(fields[key].split()[0]) * 1024 / _GIB for key in ("MemTotal", "MemAvailable"))
+    total, free = memory.total / _GIB, memory.available / _GIB
     room = "room for" if free >= _PUBLISHED_GIB else "too little for"
     return _ok(
         "memory",
@@ -103,7 +92,7 @@ def _torch() -> Probe:
 
 def _cuda() -> Probe:
     torch = importlib.import_module("torch")
-    driver = _driver_version()
+    driver = machine.driver_version()
     if torch.cuda.is_available():
         names = [_describe_device(torch, index) for index in range(torch.cuda.device_count())]
         return _ok("cuda", "; ".join([*names, f"driver {driver or 'unknown'}"]), "--device cuda works")
@@ -123,17 +112,6 @@ def _describe_device(torch: Any, index: int) -> str:
     return f"{properties.name} ({capability}, {total / _GIB:.1f} GiB, {free / _GIB:.1f} free)"
 
 
-def _driver_version() -> str | None:
-    """The NVIDIA driver's version from NVML, or from the kernel module's own file; None where there is no driver."""
-    try:
-        nvml = importlib.import_module("pynvml")
-        nvml.nvmlInit()
-        return str(nvml.nvmlSystemGetDriverVersion())
-    except Exception:  # the binding is optional, and raises its own types where there is no driver
-        module = Path("/sys/module/nvidia/version")
-        return module.read_text().strip() if module.exists() else None
-
-
 def _package(name: str, package: str, use: str, remedy: str) -> Probe:
     """An optional library that only has to import."""
     try:
@@ -142,14 +120,8 @@ def _package(name: str, package: str, use: str, remedy: str) -> Probe:
         if error.name != package:
             raise
         return _absent(name, "not installed", remedy)
-    return _ok(name, _version_of(name, module), use)
-
-
-def _version_of(distribution: str, module: Any) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return str(getattr(module, "__version__", "version unknown"))
+    version = machine.version_of(name) or getattr(module, "__version__", "version unknown")
+    return _ok(name, str(version), use)
 
 
 def _triton() -> Probe:
@@ -216,14 +188,14 @@ def _kernels() -> Probe:
     compiler = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if library is not None:
         importlib.import_module("ctypes").CDLL(str(library))
-        return _ok("kernels", library.name, "the CUDA kernels of csrc/ are built; they run on an NVIDIA GPU")
+        return _ok("kernels", library.name, "the CUDA kernels of csrc/ are built; no backend uses them yet")
     if compiler is not None:
         return _absent(
-            "kernels", f"not built; nvcc is at {compiler}", "optional: pip install . builds them from a clone"
+            "kernels",
+            f"not built; nvcc is at {compiler}",
+            "not needed: no backend uses them yet; pip install . builds them from a clone",
         )
-    return _absent(
-        "kernels", "not built; no nvcc", "optional: install the CUDA toolkit, then pip install . from a clone"
-    )
+    return _absent("kernels", "not built; no nvcc", "not needed: no backend uses the CUDA kernels of csrc/ yet")
 
 
 def _model() -> Probe:
@@ -279,11 +251,17 @@ def _run_child(names: list[str]) -> tuple[list[Probe], str]:
         output, end = expired.stdout or b"", f"no answer within {CHILD_SECONDS} seconds"
     except OSError as error:
         output, end = b"", f"no child process: {error}"
-    return [Probe(**json.loads(line)) for line in output.splitlines()], end
+    # A line without its end was cut off with the process.
+    return [Probe(**json.loads(line)) for line in output.splitlines(keepends=True) if line.endswith(b"\n")], end
 
 
 def _cause(returncode: int) -> str:
-    return signal.Signals(-returncode).name if returncode < 0 else f"exit code {returncode}"
+    if returncode >= 0:
+        return f"exit code {returncode}"
+    try:
+        return signal.Signals(-returncode).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {-returncode}"
 
 
 def answer(names: Iterable[str]) -> None:

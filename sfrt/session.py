@@ -15,9 +15,10 @@ from torch import Tensor
 from sfrt.backends import Grid, Rollout
 from sfrt.config import ModelConfig, StreamConfig
 from sfrt.decoders import LoadedDecoder
+from sfrt.device import memory_told
 from sfrt.metrics import Stopwatch
 from sfrt.noise import chunk_noise
-from sfrt.ops.denoise import predict_x0, renoise
+from sfrt.ops.denoise import follow_flow, predict_x0, renoise
 from sfrt.ops.layout import frames_from_pixels, latents_from_tokens, tokens_from_latents
 from sfrt.ring import ChunkPlan, Ring, chunk_size
 from sfrt.timesteps import Step, steps_of
@@ -28,7 +29,7 @@ NoiseSource = Callable[[range, int], Tensor]
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds of one chunk, as in the benchmark protocol: refresh_ms is the previous chunk's, run first."""
+    """Milliseconds of one chunk, as in the benchmark protocol; refresh_ms is the pass behind the previous chunk."""
 
     refresh_ms: float
     dit_ms: float
@@ -39,7 +40,7 @@ class Timings:
         return self.refresh_ms + self.dit_ms + self.decode_ms
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """One delivered chunk: uint8 pixel frames [F, H, W, 3] on the host, latents [T, C, h, w] float32 on the device."""
 
@@ -76,25 +77,27 @@ class Session:
     """An iterator of chunks. Use it as a context manager, or close it; a closed session yields no more.
 
     The refresh pass of a chunk runs when the next one is asked for, so frames leave before it, and a stream that stops
-    never pays for its last.
+    never pays for its last. A chunk that fails or is interrupted leaves the stream where it was.
     """
 
     def __init__(
         self, stage: Stage, embeds: Tensor, *, initial: Tensor | None = None, limit: int | None = None
     ) -> None:
         """embeds is the prompt, [text_len, text_dim]; initial, latents [T, C, h, w] to go on from; limit, of chunks."""
-        self._stage = stage
+        self._stage: Stage | None = stage
         self._limit = limit
+        self._first_steps = steps_of(stage.stream, first_chunk=True)
+        self._steps = steps_of(stage.stream)
         self._index = 0
         self._next_frame = 0
         self._unrefreshed: Tensor | None = None
+        self._watch = Stopwatch(stage.device)
         self._decoder_state: Any = None
-        self._closed = False
         self.initial_frames: npt.NDArray[np.uint8] | None = None
         """The given start as the decoder renders it, uint8 [F, H, W, 3]; the first chunk goes on from here."""
         stage.rollout.set_text(embeds)
         if initial is not None:
-            self._start_from(initial)
+            self.initial_frames = self._start_from(stage, initial)
 
     def __enter__(self) -> Session:
         return self
@@ -108,76 +111,77 @@ class Session:
         return self
 
     def close(self) -> None:
-        """End the stream and let its memory go. Closing twice is fine."""
-        self._closed = True
-        self._decoder_state = self._unrefreshed = None
+        """End the stream and let its memory go, the ring's too. Closing twice is fine."""
+        self._stage = self._decoder_state = self._unrefreshed = None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def refresh(self) -> None:
         """Run the refresh pass that the last chunk still owes, if any, rather than when the next one is asked for."""
-        if self._unrefreshed is not None:
-            self._stage.rollout.refresh(self._unrefreshed, self._stage.stream.context_noise)
-            self._unrefreshed = None
+        if self._stage is None or self._unrefreshed is None:
+            return
+        self._watch.mark("refresh")
+        self._stage.rollout.refresh(self._unrefreshed, self._stage.stream.context_noise)
+        self._watch.mark("refreshed")
+        self._unrefreshed = None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __next__(self) -> Chunk:
-        if self._closed or self._index == self._limit:
+        stage = self._stage
+        if stage is None or self._index == self._limit:
             raise StopIteration
-        stage, watch = self._stage, Stopwatch(self._stage.device)
-        first = self._next_frame == 0
-        steps = steps_of(stage.stream, first_chunk=first)
-
-        watch.mark("start")
-        self.refresh()
-        watch.mark("refreshed")
-        plan = self._advance(chunk_size(stage.stream, first_chunk=first))
-        tokens = self._denoise(plan, steps)
-        latents = latents_from_tokens(tokens, stage.model, stage.grid.rows, stage.grid.columns)
-        watch.mark("denoised")
-        frames = self._decode(latents)
-        watch.mark("decoded")
-
-        self._unrefreshed = tokens
-        chunk = Chunk(self._index, frames, latents, _timings(watch, stage.device))
-        self._index += 1
+        with memory_told("the stream", stage.device):
+            self.refresh()
+            first, watch = self._next_frame == 0, self._watch
+            watch.mark("start")
+            plan = stage.ring.plan(self._next_frame, chunk_size(stage.stream, first_chunk=first))
+            tokens = _denoise(stage, plan, self._first_steps if first else self._steps)
+            latents = latents_from_tokens(tokens, stage.model, stage.grid.rows, stage.grid.columns)
+            watch.mark("denoised")
+            frames = self._decode(stage, latents)
+            watch.mark("decoded")
+        chunk = Chunk(self._index, frames, latents, _timings(watch))
+        self._index, self._next_frame = self._index + 1, plan.frames.stop
+        self._unrefreshed, self._watch = tokens, Stopwatch(stage.device)
         return chunk
 
-    def _advance(self, frames: int) -> ChunkPlan:
-        plan = self._stage.ring.plan(self._next_frame, frames)
-        self._stage.rollout.place(plan)
-        self._next_frame = plan.frames.stop
-        return plan
-
-    def _denoise(self, plan: ChunkPlan, steps: tuple[Step, ...]) -> Tensor:
-        """From noise to clean tokens, float32 [frames · tokens, token_dim]."""
-        rollout = self._stage.rollout
-        noise = self._stage.noise(plan.frames, len(steps))
-        x = noise[0]
-        for number, step in enumerate(steps, start=1):
-            x0 = predict_x0(x, rollout.flow(x, step.timestep), step)
-            x = renoise(x0, noise[number], step) if step.next_sigma else x0
-        return x
-
-    def _decode(self, latents: Tensor) -> npt.NDArray[np.uint8]:
+    def _decode(self, stage: Stage, latents: Tensor) -> npt.NDArray[np.uint8]:
         """Pixel frames on the host; none where the bundle has no decoder."""
-        if self._stage.decoder is None:
-            return np.empty((0, self._stage.stream.height, self._stage.stream.width, 3), dtype=np.uint8)
-        pixels, self._decoder_state = self._stage.decoder.decode(latents.unsqueeze(0), self._decoder_state)
+        if stage.decoder is None:
+            return np.empty((0, stage.stream.height, stage.stream.width, 3), dtype=np.uint8)
+        pixels, self._decoder_state = stage.decoder.decode(latents.unsqueeze(0), self._decoder_state)
         return frames_from_pixels(pixels.squeeze(0)).cpu().numpy()
 
-    @torch.inference_mode()
-    def _start_from(self, latents: Tensor) -> None:
-        """Put given latents in the cache, at most a chunk at a time, and in the decoder's state."""
-        stage = self._stage
+    @torch.no_grad()
+    def _start_from(self, stage: Stage, latents: Tensor) -> npt.NDArray[np.uint8]:
+        """Put given latents in the cache and in the decoder's state, at most a chunk at a time."""
         remainder = latents.shape[0] % stage.stream.chunk
         pieces = [remainder] * bool(remainder) + [stage.stream.chunk] * (latents.shape[0] // stage.stream.chunk)
+        shown = []
         for piece in latents.float().split(pieces):
-            self._advance(len(piece))
+            plan = stage.ring.plan(self._next_frame, len(piece))
+            stage.rollout.place(plan)
             stage.rollout.refresh(tokens_from_latents(piece, stage.model), stage.stream.context_noise)
-        self.initial_frames = self._decode(latents)
+            shown.append(self._decode(stage, piece))
+            self._next_frame = plan.frames.stop
+        return np.concatenate(shown)
 
 
-def _timings(watch: Stopwatch, device: torch.device) -> Timings:
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # the frames are on the host by now, so this waits for nothing
-    return Timings(watch.ms("start", "refreshed"), watch.ms("refreshed", "denoised"), watch.ms("denoised", "decoded"))
+def _denoise(stage: Stage, plan: ChunkPlan, steps: tuple[Step, ...]) -> Tensor:
+    """From noise to a chunk's clean tokens, float32 [frames · tokens, token_dim]."""
+    stage.rollout.place(plan)
+    fresh = stage.stream.sampler == "renoise"
+    noise = stage.noise(plan.frames, len(steps) if fresh else 1)
+    x = noise[0]
+    for number, step in enumerate(steps, start=1):
+        flow = stage.rollout.flow(x, step.timestep)
+        if fresh and step.next_sigma:
+            x = renoise(predict_x0(x, flow, step), noise[number], step)
+        else:
+            x = follow_flow(x, flow, step)
+    return x
+
+
+def _timings(watch: Stopwatch) -> Timings:
+    watch.wait("decoded")
+    refresh = watch.ms("refresh", "refreshed") if watch.has("refreshed") else 0.0
+    return Timings(refresh, watch.ms("start", "denoised"), watch.ms("denoised", "decoded"))

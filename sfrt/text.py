@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfrt.bundle import Bundle
+from sfrt.bundle.manifest import TOKENIZER
 from sfrt.config import Umt5Config
 from sfrt.errors import BundleError, PromptError
 from sfrt.weights import assign
@@ -289,11 +290,15 @@ class TextEncoder:
         return padded
 
 
-def load_text_encoder(bundle: Bundle, device: torch.device, dtype: torch.dtype | None = None) -> TextEncoder:
-    """The text encoder and tokenizer of a bundle; dtype None keeps the weights as stored.
+def load_text_encoder(
+    bundle: Bundle, device: torch.device, dtype: torch.dtype | None = None, *, verify: bool = False
+) -> TextEncoder:
+    """The text encoder and tokenizer of a bundle; dtype None keeps the weights as stored. verify hashes both files.
 
-    Raises BundleError where the bundle has none, or the two do not fit each other.
+    Raises BundleError where the bundle has none, one is damaged, or the two do not fit each other.
     """
+    if verify:
+        bundle.verify("text_encoder.safetensors", TOKENIZER)
     weights = bundle.load("text_encoder", device, dtype)
     tokenizer = Tokenizer(bundle.tokenizer_path, bundle.manifest.model.text_len)
     config = bundle.manifest.text_encoder

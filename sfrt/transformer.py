@@ -9,7 +9,6 @@ Shapes: L tokens, D = config.dim, H heads of d = config.head_dim, P = config.tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 from sfrt.config import ModelConfig
 from sfrt.ops.attention import attention
 from sfrt.ops.linear import Linear
-
-ROTARY_BASE = 10000.0
 
 
 @dataclass(frozen=True)
@@ -215,7 +212,7 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return torch.cat((phases.cos(), phases.sin()), dim=-1).to(torch.float32)
 
 
-def rotary_phases(config: ModelConfig, frames: Sequence[int], rows: int, columns: int, device: torch.device) -> Tensor:
+def rotary_phases(config: ModelConfig, frames: range, rows: int, columns: int, device: torch.device) -> Tensor:
     """Unit complex rotations for the tokens of some latent frames, complex64 [len(frames)·rows·columns, 1, d/2].
 
     frames are the positions on the frame axis. Of the d/2 pairs of a head the row and the column axis take a third
@@ -227,8 +224,8 @@ def rotary_phases(config: ModelConfig, frames: Sequence[int], rows: int, columns
     angles = []
     for axis, (positions, size) in enumerate(axes):
         exponents = torch.arange(size, dtype=torch.float64, device=device) / size
-        position = torch.tensor(list(positions), dtype=torch.float64, device=device)
-        angle = torch.outer(position, torch.pow(ROTARY_BASE, -exponents))
+        position = torch.arange(positions.start, positions.stop, dtype=torch.float64, device=device)
+        angle = torch.outer(position, torch.pow(config.rotary_base, -exponents))
         shape = [1, 1, 1, size]
         shape[axis] = len(position)
         angles.append(angle.view(shape).expand(len(frames), rows, columns, size))
@@ -244,7 +241,6 @@ def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
 
 def _adaptive(learned: Tensor, conditioned: Tensor, scales: tuple[int, ...]) -> Tensor:
     """Learned rows [n, D] + conditioned rows [n or 1, …, D], 1 added to the rows that are scales; float32 [n, …, D]."""
-    offset = torch.zeros(learned.shape[0], 1, device=learned.device)
-    offset[list(scales)] = 1.0
-    rows = learned.float() + offset
-    return rows.view(rows.shape[0], *[1] * (conditioned.ndim - 2), -1) + conditioned
+    units = torch.stack([learned.new_full((1,), float(row in scales)) for row in range(len(learned))])
+    rows = learned.float() + units.float()
+    return rows.view(len(rows), *[1] * (conditioned.ndim - 2), -1) + conditioned

@@ -1,4 +1,4 @@
-"""Filling a module with a bundle's tensors, strictly."""
+"""Filling a module with tensors by name, strictly."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ def assign(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
         "unexpected": weights.keys() - expected.keys(),
         "misshapen": {name for name in expected.keys() & weights.keys() if expected[name] != weights[name].shape},
     }
-    told = [f"{len(names)} {fault} ({_few(names)})" for fault, names in faults.items() if names]
+    told = [f"{len(names)} {fault} ({few(sorted(names))})" for fault, names in faults.items() if names]
     if told:
-        raise BundleError(f"the tensors of {what} do not fit its settings: {', '.join(told)}; export the bundle again")
+        raise BundleError(
+            f"the tensors of {what} do not fit its settings: {', '.join(told)}; they belong to another model"
+        )
     module.load_state_dict(dict(weights), strict=True, assign=True)
 
 
-def _few(names: Iterable[str]) -> str:
-    first = sorted(names)
+def few(names: Iterable[str]) -> str:
+    """The first few names, and an ellipsis for the rest."""
+    first = list(names)
     return ", ".join(first[:_SHOWN]) + (", …" if len(first) > _SHOWN else "")

@@ -59,6 +59,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
             dim=48, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=32, text_dim=24, text_len=12, latent_channels=4
         ),
         stream=StreamConfig(chunk=3, window=9, sink=3, height=32, width=48),
+        weights="flat",
         dtype="float32",
         created_by="tests",
         decoder=TaehvPart(TaehvConfig(latent_channels=4, encoder_width=8, decoder_widths=(16, 12, 8, 8))),

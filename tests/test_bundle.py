@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 import shutil
+import signal
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +39,7 @@ MANIFEST = Manifest(
     family="self-forcing",
     model=ModelConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=1, text_dim=16, text_len=12),
     stream=StreamConfig(window=None, first_steps=(1000.0, 500.0)),
+    weights="generator_ema",
     dtype="float32",
     created_by="tests",
     source={"tiny.pt": FileInfo(3, hashlib.sha256(b"abc").hexdigest())},
@@ -165,6 +170,55 @@ def test_a_flipped_bit(tmp_path: Path) -> None:
     Bundle.open(tmp_path / "model", verify=False)
 
 
+def test_a_part_is_verified_when_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "model", FULL)
+    flip_a_bit(tmp_path / "model")
+    bundle = Bundle.open(tmp_path / "model", verify=False)
+    with pytest.raises(BundleError, match=r"transformer\.safetensors is damaged"):
+        bundle.load("transformer", verify=True)
+    bundle.load("transformer")
+
+    hashed: list[str] = []
+
+    def counting(path: Path, *options: Any) -> str:
+        hashed.append(path.name)
+        return hash_file(path, *options)
+
+    monkeypatch.setattr("sfrt.bundle.hash_file", counting)
+    for _ in range(2):
+        bundle.load("decoder", verify=True)
+        load_text_encoder(bundle, torch.device("cpu"), torch.float32, verify=True)
+    assert sorted(hashed) == ["decoder.safetensors", "text_encoder.safetensors", "tokenizer.json"], "each file once"
+    with pytest.raises(BundleError, match=r"bare has no decoder\.safetensors"):
+        write(tmp_path / "bare").verify("decoder.safetensors")
+
+
+def test_a_tokenizer_that_was_changed(tmp_path: Path) -> None:
+    write(tmp_path / "model", FULL)
+    tokenizer = tmp_path / "model" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"red"', '"rod"'))
+    bundle = Bundle.open(tmp_path / "model", verify=False)
+    load_text_encoder(bundle, torch.device("cpu"))
+    with pytest.raises(BundleError, match=r"tokenizer\.json is damaged"):
+        load_text_encoder(bundle, torch.device("cpu"), verify=True)
+
+
+def test_an_interrupt_ends_hashing(tmp_path: Path) -> None:
+    """Two sparse files of 64 GB: hashed to their end, they would take far longer than the test may."""
+    write(tmp_path / "model", FULL)
+    for part in ("transformer", "decoder"):
+        os.truncate(tmp_path / "model" / f"{part}.safetensors", 1 << 36)
+        edit_manifest(tmp_path / "model", set_at("files", f"{part}.safetensors", "bytes", value=1 << 36))
+    thread = threading.main_thread().ident
+    assert thread is not None
+    interrupt = threading.Timer(0.3, signal.pthread_kill, (thread, signal.SIGINT))
+    interrupt.start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Bundle.open(tmp_path / "model")
+    assert time.monotonic() - started < 15
+
+
 def test_missing_and_truncated_files(tmp_path: Path) -> None:
     write(tmp_path / "model")
     path = tmp_path / "model" / "transformer.safetensors"
@@ -208,6 +262,7 @@ def drop(*keys: str) -> Callable[[Any], None]:
         (set_at("colour", value=1), r"colour is not a known key"),
         (set_at("model", "depth", value=1), r"model\.depth is not a known key"),
         (drop("dtype"), r"dtype is missing"),
+        (drop("weights"), r"weights is missing"),
         (drop("stream", "sink"), r"stream\.sink is missing"),
         (set_at("model", "dim", value="24"), r"model\.dim is '24', not a whole number"),
         (set_at("model", "dim", value=24.0), r"model\.dim is 24\.0, not a whole number"),
@@ -304,7 +359,7 @@ def test_nothing_is_left_when_writing_stops(tmp_path: Path, fault: BaseException
         raise fault
 
     with pytest.raises(type(fault)), BundleWriter(tmp_path / "model") as writer:
-        broken = {**tensors(), "late": LazyTensor((2,), torch.float16, interrupted)}
+        broken: dict[str, Tensor | LazyTensor] = {**tensors(), "late": LazyTensor((2,), torch.float16, interrupted)}
         writer.add_tensors("transformer", broken)
     assert remains(tmp_path) == []
 

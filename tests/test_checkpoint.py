@@ -124,25 +124,124 @@ def test_safetensors_spellings(tmp_path: Path, weights: Tensors, spelling: str) 
 
 def test_which_weights_are_taken(tmp_path: Path, weights: Tensors) -> None:
     averaged = {name: tensor + 1 for name, tensor in weights.items()}
-    torch.save({"generator": weights, "generator_ema": averaged}, tmp_path / "both.pt")
 
-    def is_ema(**options: Any) -> bool:
-        loaded = load(tmp_path / "both.pt", **options)
-        expected = averaged if loaded.ema else weights
+    def taken(content: dict[str, Any], **options: Any) -> str:
+        torch.save(content, tmp_path / "model.pt")
+        loaded = load(tmp_path / "model.pt", **options)
+        expected = averaged if "generator_ema" in loaded.weights else weights
         assert all(torch.equal(loaded.tensors[name], expected[name]) for name in weights)
-        return loaded.ema
+        return loaded.weights
 
-    assert is_ema(prefer_ema=True) and not is_ema(prefer_ema=False)
-    assert is_ema(ema=True, prefer_ema=False) and not is_ema(ema=False, prefer_ema=True)
-    torch.save({"state_dict": {"generator_ema": averaged}}, tmp_path / "nested.pt")
-    assert load(tmp_path / "nested.pt", ema=True).ema
-    torch.save({"generator": weights}, tmp_path / "raw.pt")
-    assert not load(tmp_path / "raw.pt", prefer_ema=True).ema
-    with pytest.raises(CheckpointError, match=r"raw\.pt has no averaged weights \(generator_ema\)"):
-        load(tmp_path / "raw.pt", ema=True)
-    torch.save({"generator_ema": weights}, tmp_path / "averaged.pt")
-    with pytest.raises(CheckpointError, match=r"averaged\.pt has averaged weights only"):
-        load(tmp_path / "averaged.pt", ema=False)
+    for raw in ("generator", "model", "state_dict"):
+        for both in ({raw: weights, "generator_ema": averaged}, {"generator_ema": averaged, raw: weights}):
+            assert taken(both, prefer_ema=True) == taken(both, ema=True, prefer_ema=False) == "generator_ema"
+            assert taken(both, prefer_ema=False) == taken(both, ema=False, prefer_ema=True) == raw
+        assert taken({raw: weights}, prefer_ema=True) == raw
+    assert taken({"generator_ema": averaged}, prefer_ema=False) == "generator_ema", "there is nothing else"
+    assert taken({"state_dict": {"generator_ema": averaged}}, ema=True) == "state_dict.generator_ema"
+    assert taken(weights) == "flat"
+    with pytest.raises(CheckpointError, match=r"model\.pt has no averaged weights \(generator_ema\)"):
+        taken({"generator": weights}, ema=True)
+    with pytest.raises(CheckpointError, match=r"model\.pt has averaged weights only"):
+        taken({"generator_ema": weights}, ema=False)
+
+
+ADAPTERS: dict[str, Callable[[Tensors], Any]] = {
+    "lora_A": lambda w: {"base_model.model.blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 128)},
+    "generator_lora": lambda w: {"generator_lora": {"x": torch.ones(1)}},
+    "generator_lora beside a model": lambda w: {"generator": w, "generator_lora": {"x": torch.ones(1)}},
+    "lora_down": lambda w: {"generator": {**w, "blocks.0.self_attn.q.lora_down.weight": torch.ones(4, 128)}},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_are_refused(tmp_path: Path, weights: Tensors, kind: str) -> None:
+    torch.save(ADAPTERS[kind](weights), tmp_path / "lora.pt")
+    with pytest.raises(
+        CheckpointError, match=rf"holds an adapter \(.*{kind.split()[0]}.*\), .*; give the path of the base"
+    ):
+        load(tmp_path / "lora.pt")
+
+
+def test_a_folder_with_an_adapter_beside_its_base_is_refused(tmp_path: Path, weights: Tensors) -> None:
+    torch.save({"generator": weights}, tmp_path / "longlive_base.pt")
+    torch.save({"generator_lora": {"x": torch.ones(1)}}, tmp_path / "lora.pt")
+    with pytest.raises(CheckpointError, match="holds an adapter"):
+        load(tmp_path)
+    assert load(tmp_path / "longlive_base.pt").weights == "generator"
+
+
+def full_size(name: str) -> Tensors:
+    """The tensors of a published model without their values."""
+    table = json.loads((GOLDEN / "checkpoint_keys" / f"{name}.json").read_text())["keys"]
+    return {key: torch.empty(shape, device="meta") for key, shape in table.items()}
+
+
+@pytest.mark.parametrize(("name", "heads", "layers"), [("wan_t2v_1.3b", 12, 30), ("wan_t2v_14b", 40, 40)])
+def test_full_size_models_are_told_by_their_shapes(tmp_path: Path, name: str, heads: int, layers: int) -> None:
+    torch.save({"generator": prefixed(full_size(name), "model.")}, tmp_path / "model.pt")
+    config = load_transformer(tmp_path / "model.pt").config
+    assert (config.num_heads, config.num_layers, config.text_len) == (heads, layers, 512)
+
+
+def shallower(tensors: Tensors, last: int) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"blocks.{last}.")}
+
+
+def test_a_model_without_its_last_block_is_not_a_shallower_one(tmp_path: Path) -> None:
+    torch.save(shallower(full_size("wan_t2v_1.3b"), 29), tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"with 30 layers .* keys missing \(blocks\.29\."):
+        load_transformer(tmp_path / "model.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"num_layers": 29}))
+    assert load_transformer(tmp_path / "model.pt").config.num_layers == 29, "pruned on purpose, and said so"
+
+
+def test_a_text_encoder_without_its_last_block_is_not_a_shallower_one(tmp_path: Path, tokenizer_file: Path) -> None:
+    torch.save(shallower(full_size("umt5_xxl_encoder"), 23), tmp_path / "umt5.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"dim": 1536, "num_layers": 23}))  # the DiT's, as Wan publishes it
+    with pytest.raises(CheckpointError, match=r"of 24 layers .* keys missing \(blocks\.23\."):
+        load_text_encoder(tmp_path / "umt5.pth", tokenizer_file, 512)
+    torch.save(load_file(GOLDEN / "umt5" / "weights.safetensors"), tmp_path / "umt5.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"d_model": 32, "num_layers": 7}))
+    with pytest.raises(CheckpointError, match=r"of 7 layers .* keys missing"):
+        load_text_encoder(tmp_path / "umt5.pth", tokenizer_file, 24)
+
+
+def test_the_config_beside_a_single_file(tmp_path: Path, weights: Tensors) -> None:
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(in_diffusers_names(weights), file)
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2, "eps": 1e-5, "text_len": 24}))
+    config = load_transformer(file).config
+    assert (config.num_heads, config.eps, config.text_len) == (2, 1e-5, 24)
+    (tmp_path / "config.json").write_text(json.dumps({"d_model": 4096, "num_heads": 64, "num_layers": 24}))
+    assert load_transformer(file, heads=2).config.num_layers == 2, "a text encoder's config says nothing of a DiT"
+
+
+def test_no_text_slots(weights: Tensors) -> None:
+    with pytest.raises(CheckpointError, match="model text_len is 0; it must be positive"):
+        load_transformer(WEIGHTS, heads=2, text_len=0)
+
+
+def test_several_variants_in_a_folder(tmp_path: Path, weights: Tensors) -> None:
+    for variant in ("", "fp16."):
+        save_file(weights, tmp_path / f"model.{variant}safetensors")
+        index = json.dumps({"weight_map": dict.fromkeys(weights, f"model.{variant}safetensors")})
+        (tmp_path / f"model.safetensors.index.{variant}json").write_text(index)
+    assert load(tmp_path).files == (tmp_path / "model.safetensors",)
+    (tmp_path / "model.safetensors.index.fp16.json").rename(tmp_path / "model.fp16.safetensors.index.json")
+    with pytest.raises(CheckpointError, match=r"several variants \(model\.fp16\.safetensors\.index\.json, model\.safe"):
+        load(tmp_path)
+
+
+def test_two_tensors_for_one_published_name(tmp_path: Path, weights: Tensors, tokenizer_file: Path) -> None:
+    renamed = in_diffusers_names(weights)
+    torch.save({**renamed, "head.head.bias": weights["head.head.bias"].clone()}, tmp_path / "model.pt")
+    assert load(tmp_path / "model.pt").tensors.keys() == weights.keys(), "the same values twice are one parameter"
+    torch.save({**renamed, "head.head.bias": weights["head.head.bias"] + 1}, tmp_path / "model.pt")
+    with pytest.raises(
+        CheckpointError, match=r"two different tensors for head\.head\.bias, one of them head\.head\.bias"
+    ):
+        load(tmp_path / "model.pt")
 
 
 def test_a_diffusers_folder_in_shards(tmp_path: Path, weights: Tensors) -> None:
@@ -288,7 +387,6 @@ def with_tensor(name: str, tensor: Tensor) -> Callable[[Tensors], Any]:
         (with_tensor("model.head.head.bias", torch.ones(64)), r"holds head\.head\.bias twice"),
         (lambda w: {"generator": {"step": 1}}, r"holds no tensors where a model's should be \(it holds step\)"),
         (lambda w: {}, r"holds no tensors where a model's should be \(it holds nothing\)"),
-        (lambda w: {"generator_lora": w}, r"holds no tensors where a model's should be \(it holds generator_lora\)"),
     ],
 )
 def test_tensors_that_are_not_the_model(
@@ -420,8 +518,9 @@ def test_umt5_and_its_transformers_names(tmp_path: Path, tokenizer_file: Path) -
         renamed[new] = tensor
     renamed["encoder.embed_tokens.weight"] = renamed["shared.weight"]
     torch.save(published, tmp_path / "umt5.pth")
-    torch.save(renamed, tmp_path / "transformers.bin")
-    for file in ("umt5.pth", "transformers.bin"):
+    torch.save(renamed, tmp_path / "tied.bin")
+    torch.save(without("shared.weight")(renamed), tmp_path / "encoder.bin")
+    for file in ("umt5.pth", "tied.bin", "encoder.bin"):
         loaded = load_text_encoder(tmp_path / file, tokenizer_file, 24)
         assert loaded.tensors.keys() == published.keys()
         assert all(torch.equal(loaded.tensors[name], published[name]) for name in published)
@@ -439,17 +538,35 @@ def test_umt5_and_its_transformers_names(tmp_path: Path, tokenizer_file: Path) -
         ("self_forcing_dmd.pt", "self-forcing"),
         ("self_forcing_sid_v2.pt", "self-forcing"),
         ("causal_forcing.pt", "causal-forcing"),
+        ("chunkwise/causal_forcing.pt", "causal-forcing"),
+        ("chunkwise/model.pt", "causal-forcing"),
         ("Causal-Forcing-Framewise.pt", "causal-forcing-framewise"),
+        ("framewise_causal_forcing.pt", "causal-forcing-framewise"),
+        ("framewise/causal_forcing.pt", "causal-forcing-framewise"),
+        ("framewise/model.pt", "causal-forcing-framewise"),
+        ("framewise/self_forcing_dmd.pt", "self-forcing"),
         ("causal_forcing++.pt", "causal-forcing-pp"),
+        ("causal_forcing_plus.pt", "causal-forcing-pp"),
+        ("framewise/causal_forcing_plus.pt", "causal-forcing-pp"),
         ("longlive_base.pt", "longlive"),
+        ("longlive_20240901.pt", "longlive"),
+        ("longlive_models/causal_forcing.pt", "causal-forcing"),
         ("longlive_models/model.pt", "longlive"),
         ("CausVid/model.pt", "causvid"),
-        ("my_own.pt", "self-forcing"),
     ],
 )
 def test_families_by_file_name(tmp_path: Path, file: str, name: str) -> None:
-    assert family_of(None, tmp_path / "downloads" / file).name == name
+    family = family_of(None, tmp_path / "downloads" / file)
+    assert family is FAMILIES[name]
     assert family_of("causvid", Path(file)).name == "causvid", "what is asked for wins"
+
+
+def test_a_name_that_tells_nothing(tmp_path: Path) -> None:
+    family = family_of(None, tmp_path / "my_own.pt")
+    assert family.name == "self-forcing" and family.stream == FAMILIES["self-forcing"].stream
+    assert family.caution is not None
+    assert family.caution.endswith("my_own.pt names no family; it is taken as self-forcing (--family says otherwise)")
+    assert family_of("self-forcing", tmp_path / "my_own.pt").caution is None
 
 
 def test_settings_of_the_families() -> None:
@@ -471,5 +588,8 @@ def test_families_that_need_more_than_settings(name: str) -> None:
 def test_unsupported_families_are_known_by_their_files() -> None:
     with pytest.raises(ConfigError, match="rolling-forcing checkpoints need more"):
         family_of(None, Path("rolling_forcing_dmd.pt"))
+    for name in ("longlive2.pt", "LongLive-2.0.pt", "longlive_2_20260901.pt"):
+        with pytest.raises(ConfigError, match="longlive2 checkpoints need more"):
+            family_of(None, Path(name))
     with pytest.raises(ConfigError, match="no family is called 'best'; choose one of: self-forcing, causal-forcing"):
         family_of("best", Path("model.pt"))

@@ -25,14 +25,17 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sfrt import __version__, cli
+from sfrt import Runtime, __version__, cli
 from sfrt.bundle import resolve_model
 from sfrt.config import TaehvConfig, Umt5Config
 from sfrt.decoders.taehv import Taehv
+from sfrt.metrics import StreamMeter
 from sfrt.text import Umt5Encoder
+from sfrt.video import VideoWriter
 
 PROMPT = "a red circle moving left on a white background"
 
@@ -97,8 +100,9 @@ def test_json_is_all_there_is(run: Run, tiny_bundle: Path) -> None:
     assert {**said["settings"], "window": 9, "sink": 3, "height": 32, "width": 48} == said["settings"]
     samples = said["chunk_ms"]["samples"]
     assert len(samples) == 3
-    assert min(samples) <= said["chunk_ms"]["p50"] <= said["chunk_ms"]["p95"] <= max(samples)
-    assert said["ttff_ms"] > 0
+    p50, p95, p99 = (said["chunk_ms"][name] for name in ("p50", "p95", "p99"))
+    assert min(samples) <= p50 <= p95 <= p99 <= max(samples)
+    assert said["first_frame_ms"] > 0
     assert said["fps"] == pytest.approx(24_000 / sum(samples[1:]), rel=1e-3)
 
 
@@ -174,11 +178,32 @@ def test_a_long_prompt_is_cut_with_a_warning(run: Run, tiny_bundle: Path) -> Non
     assert warning == "sfrt: warning: the prompt has 31 tokens and the model reads 12; the last 19 were dropped"
 
 
-@pytest.mark.skipif(not resolve_model().is_dir(), reason="this checkout has no built-in model")
 def test_the_built_in_model(run: Run) -> None:
     outcome = run("generate", PROMPT, "-o", "out.mp4", "--seconds", "1")
     assert outcome.code == 0, outcome.err
-    assert len(frames_of("out.mp4")) == 16
+    frames = np.stack(frames_of("out.mp4"))
+    assert len(frames) == 16
+    assert frames.std() > 10, "a picture, not one colour"
+    assert sum(file.stat().st_size for file in resolve_model().iterdir()) <= 16_000_000
+
+
+def test_the_refresh_pass_goes_before_the_writing_but_for_the_last(tiny_bundle: Path) -> None:
+    """What a chunk owes runs while its frames are encoded; a stream that ends never pays for its last chunk."""
+    refreshed: list[bool] = []
+
+    class Watching(VideoWriter):
+        def _append(self, frames: NDArray[np.uint8]) -> None:
+            refreshed.append(session._unrefreshed is None)
+
+        def _finish(self) -> None: ...
+
+    runtime = Runtime(tiny_bundle, device="cpu")
+    for length in (cli.Length(3), cli.Length(9, frames=30)):
+        refreshed.clear()
+        with runtime.session(PROMPT, limit=length.chunks) as session:
+            frames = cli._pump(session, Watching("nowhere", 48, 32), length, StreamMeter())
+        assert frames == (length.frames or 33)
+        assert refreshed == [True, True, False]
 
 
 def test_interrupted_it_leaves_a_playable_file(tmp_path: Path, tiny_bundle: Path) -> None:
@@ -251,7 +276,8 @@ def test_export_then_generate(run: Run, golden: Path, tiny_bundle: Path, tmp_pat
     save_file(Umt5Encoder(text).state_dict(), "encoder.safetensors")
     save_file(Taehv(TaehvConfig(encoder_width=8, decoder_widths=(16, 8, 8, 8))).state_dict(), "taehv.safetensors")
     checkpoint = golden / "dit" / "weights_d128h2l2.safetensors"
-    settings = ["--heads", 2, "--text-len", 24, "--window", 6, "--width", 32, "--height", 32]
+    family = ["--family", "self-forcing"]
+    settings = [*family, "--heads", 2, "--text-len", 24, "--window", 6, "--width", 32, "--height", 32]
     decoder = ["--taehv", "taehv.safetensors"]
     encoder = ["--text-encoder", "encoder.safetensors", "--tokenizer", tiny_bundle]
 
@@ -259,8 +285,9 @@ def test_export_then_generate(run: Run, golden: Path, tiny_bundle: Path, tmp_pat
     assert (outcome.code, outcome.err) == (0, "")
     assert "dim 128, 2 heads, 2 layers" in outcome.out
     assert "--text-encoder" in run("generate", PROMPT, "-o", "out.mp4", "--model", "silent").complaint
-    run("export", checkpoint, "-o", "blind", *settings, *encoder)
-    assert "--taehv" in run("generate", PROMPT, "-o", "out.mp4", "--model", "blind").complaint
+    blind = json.loads(run("export", checkpoint, "-o", "blind", *settings, *encoder, "--json").out)["name"]
+    complaint = run("generate", PROMPT, "-o", "out.mp4", "--model", "blind").complaint
+    assert complaint.startswith(f"the model '{blind}' has no decoder") and "--taehv" in complaint
     assert not Path("out.mp4").exists()
 
     said = json.loads(run("export", checkpoint, "-o", "whole", *settings, *decoder, *encoder, "--json").out)
@@ -293,7 +320,12 @@ def test_help_and_version(run: Run) -> None:
         (["generate", PROMPT], "Missing option '-o' / '--output'; see sfrt generate --help"),
         (["generate", PROMPT, "-o", "x.mp4", "--seconds", "1", "--chunks", "1"], "give one of them"),
         (["generate", PROMPT, "-o", "-", "--json"], "give the video a file"),
-        (["generate", PROMPT, "-o", "x.mp4", "--seconds", "0"], "0.0 is not in the range x>0"),
+        (["generate", PROMPT, "-o", "x.mp4", "--seconds", "0"], "'0' is no length of a video"),
+        (["generate", PROMPT, "-o", "x.mp4", "--seconds", "nan"], "'nan' is no length of a video"),
+        (["generate", PROMPT, "-o", "x.mp4", "--seconds", "inf"], "'inf' is no length of a video"),
+        (["generate", PROMPT, "-o", "x.mp4", "--seconds", "1e308"], "'1e308' is no length of a video"),
+        (["generate", PROMPT, "-o", "nowhere/x.mp4", "--model", "nowhere"], "its folder does not exist"),
+        (["info", "a" * 300], "a" * 300),
         (["generate", PROMPT, "-o", "x.mp4", "--steps", "a,b"], "'a,b' is no list of numbers"),
         (["generate", PROMPT, "-o", "x.avi", "--model", "nowhere"], "unknown ending .avi; use .mp4, .gif"),
         (["generate", PROMPT, "-o", "x.mp4", "--model", "nowhere"], "there is no model at nowhere"),

@@ -25,6 +25,8 @@ from sfrt.errors import ConfigError
         ({"first_chunk": 4}, "between 1 and the chunk"),
         ({"sink": -1}, "negative"),
         ({"shift": 0.0}, "shift"),
+        ({"shift": float("inf")}, "finite"),
+        ({"steps": (1000.0, 0.4)}, "whole numbers"),
         ({"context_noise": 1000.0}, "context noise"),
         ({"fps": 0}, "fps"),
     ],

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from sfrt import doctor
 from sfrt.doctor import Probe, as_json, as_text, report, verdicts
+
+DIES_NAMELESS = "import os, signal; os.kill(os.getpid(), signal.SIGRTMIN + 1)"
+"""Real-time signals have no names of their own."""
+
+DIES_MID_ANSWER = """
+import contextlib, os
+for descriptor in range(3, 16):  # one of them leads to the reader of the answers
+    with contextlib.suppress(OSError):
+        os.write(descriptor, b'{"name": "flash-')
+os._exit(3)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +59,8 @@ def test_both_forms_say_the_same(here: list[Probe]) -> None:
         ("import os; os.abort()", "broken", "the process died of SIGABRT"),
         ("import os; os._exit(3)", "broken", "the process died of exit code 3"),
         ("import a_part_that_is_missing", "broken", "ModuleNotFoundError: No module named 'a_part_that_is_missing'"),
-        ("import time; time.sleep(600)", "broken", "no answer within 3 seconds"),
+        (DIES_NAMELESS, "broken", f"the process died of signal {signal.SIGRTMIN + 1}"),
+        (DIES_MID_ANSWER, "broken", "the process died of exit code 3"),
         ("print('{\"hello\": 1}')", "ok", "version unknown"),
     ],
 )
@@ -57,11 +70,19 @@ def test_a_library_that_explodes_costs_one_line(
     (tmp_path / "flash_attn.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(doctor, "_PROBES", {name: doctor._PROBES[name] for name in ("python", "flash-attn", "system")})
-    monkeypatch.setattr(doctor, "CHILD_SECONDS", 3)
     before, exploded, after = report()
     assert (before.name, before.status) == ("python", "ok")
     assert (exploded.name, exploded.status, exploded.found) == ("flash-attn", status, found)
     assert (after.name, after.status) == ("system", "ok")
+
+
+def test_a_library_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flash_attn.py").write_text("import time; time.sleep(600)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "_PROBES", {"flash-attn": doctor._PROBES["flash-attn"]})
+    monkeypatch.setattr(doctor, "CHILD_SECONDS", 1)
+    (hanging,) = report()
+    assert (hanging.status, hanging.found) == ("broken", "no answer within 1 seconds")
 
 
 def test_verdicts_name_what_is_missing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -14,10 +15,12 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfrt.bundle import Bundle, TaehvPart, WanVaePart, hash_file
+from sfrt.cli import cli
 from sfrt.config import StreamConfig, TaehvConfig, Umt5Config
 from sfrt.decoders import load_decoder
 from sfrt.decoders.taehv import Taehv
@@ -34,7 +37,7 @@ Tensors = dict[str, Tensor]
 
 
 def export(checkpoint: Path, output: Path, **options: Any) -> Bundle:
-    return export_checkpoint(checkpoint, output, **{"heads": 2, "text_len": 24, **options})
+    return export_checkpoint(checkpoint, output, **{"family": "self-forcing", "heads": 2, "text_len": 24, **options})
 
 
 def save_taehv(path: Path, **changes: Tensor) -> Path:
@@ -62,20 +65,22 @@ def test_a_whole_bundle(tmp_path: Path) -> None:
     encoder, tokenizer = save_text_model(tmp_path)
     taehv = save_taehv(tmp_path / "taew2_1.pth")
     stages: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    exported = export(
-        WEIGHTS,
-        tmp_path / "model",
-        family="longlive",
-        taehv=taehv,
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        stream={"shift": 8.0, "steps": (1000.0, 500.0)},
-        progress=lambda stage, done, total: stages[stage].append((done, total)),
-    )
+    with pytest.warns(UserWarning, match=r"the adapter that longlive checkpoints come with \(lora\.pt\) is not merged"):
+        exported = export(
+            WEIGHTS,
+            tmp_path / "model",
+            family="longlive",
+            taehv=taehv,
+            text_encoder=encoder,
+            tokenizer=tokenizer,
+            stream={"shift": 8.0, "steps": (1000.0, 500.0)},
+            progress=lambda stage, done, total: stages[stage].append((done, total)),
+        )
     bundle = Bundle.open(tmp_path / "model")
     assert bundle == exported
     manifest = bundle.manifest
     assert (manifest.name, manifest.family, manifest.dtype) == ("model", "longlive", "bfloat16")
+    assert manifest.weights == "flat"
     assert manifest.stream == StreamConfig(window=12, sink=3, shift=8.0, steps=(1000.0, 500.0))
     assert isinstance(manifest.decoder, TaehvPart)
     source = f"transformer/{WEIGHTS.name}"
@@ -106,6 +111,55 @@ def test_transformer_tensors_are_those_of_the_layout(tmp_path: Path) -> None:
         assert torch.equal(part, published[f"blocks.1.self_attn.{letter}.weight"])
     # Feature 16 of a token is the first channel of the patch's second column.
     assert torch.equal(written["patch_embedding.weight"][:, 16], published["patch_embedding.weight"][:, 0, 0, 0, 1])
+
+
+def test_which_weights_were_exported_is_said(tmp_path: Path) -> None:
+    weights = load_file(WEIGHTS)
+    averaged = {name: tensor + 1 for name, tensor in weights.items()}
+    torch.save({"generator": weights, "generator_ema": averaged}, tmp_path / "both.pt")
+    for name, ema, taken, tensors in (("raw", False, "generator", weights), ("ema", None, "generator_ema", averaged)):
+        bundle = export(tmp_path / "both.pt", tmp_path / name, ema=ema)
+        assert Bundle.open(tmp_path / name).manifest.weights == taken
+        assert torch.equal(bundle.load("transformer")["head.linear.bias"], tensors["head.head.bias"])
+
+
+def test_a_checkpoint_whose_name_tells_no_family(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"names no family; it is taken as self-forcing \(--family says otherwise\)"):
+        bundle = export(WEIGHTS, tmp_path / "model", family=None)
+    assert bundle.manifest.family == "self-forcing" and bundle.path.is_dir()
+
+
+def test_one_step_causal_forcing(tmp_path: Path) -> None:
+    bundle = export(WEIGHTS, tmp_path / "model", family="causal-forcing-pp", stream={"steps": (1000.0,)})
+    assert (bundle.manifest.stream.steps, len(bundle.manifest.stream.first_steps or ())) == ((1000.0,), 4)
+
+
+def said(*arguments: object) -> dict[str, str]:
+    """The rows that a command prints, by name."""
+    outcome = CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    return {
+        row[0]: row[1] for line in outcome.output.splitlines() if len(row := re.split(" {2,}", line, maxsplit=1)) > 1
+    }
+
+
+def test_the_command_line_sets_and_shows_the_first_steps(tmp_path: Path) -> None:
+    known = ("--family", "causal-forcing-pp", "--heads", 2, "--text-len", 24)
+    two = said("export", WEIGHTS, "-o", tmp_path / "two", *known)
+    assert (two["steps"], two["first steps"]) == ("1000, 500 warped, shift 5", "1000, 750, 500, 250")
+    assert two["weights"] == "flat, bfloat16"
+    all_alike = said("export", WEIGHTS, "-o", tmp_path / "one", *known, "--steps", "1000")
+    assert all_alike["steps"] == "1000 warped, shift 5" and "first steps" not in all_alike
+    one = said("export", WEIGHTS, "-o", tmp_path / "own", *known, "--steps", "1000", "--first-steps", "1000,500")
+    assert (one["steps"], one["first steps"]) == ("1000 warped, shift 5", "1000, 500")
+
+
+def test_rare_settings_are_shown_where_they_are_set(tmp_path: Path) -> None:
+    export(WEIGHTS, tmp_path / "rare", stream={"first_chunk": 1, "context_noise": 100.0})
+    rare = said("info", tmp_path / "rare")
+    assert (rare["first chunk"], rare["context noise"]) == ("1 of 3 latent frames", "100")
+    export(WEIGHTS, tmp_path / "usual")
+    assert not {"first chunk", "first steps", "context noise"} & said("info", tmp_path / "usual").keys()
 
 
 def test_dtypes(tmp_path: Path) -> None:
@@ -182,6 +236,7 @@ def faults(folder: Path) -> dict[str, tuple[dict[str, Any], type[SfrtError], str
             "embeddings of 64 but the model reads 48",
         ),
         "vocabulary": ({"text_encoder": encoder, "tokenizer": wordy}, CheckpointError, "knows 43 tokens but"),
+        "no text": ({"text_len": 0}, CheckpointError, "model text_len is 0; it must be positive"),
         "tokenizer": ({"text_encoder": encoder, "tokenizer": encoder}, BundleError, "cannot be read as a tokenizer"),
     }
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from sfrt.errors import CheckpointError, ConfigError
+from sfrt.errors import CheckpointError, ConfigError, SfrtError
 from sfrt_export.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -33,9 +37,19 @@ def test_golden_on_the_gpu(case: str, dtype: str) -> None:
     assert [check for check in verify(GOLDEN / case, dtype=dtype, device="cuda") if not check.passed] == []
 
 
-def test_golden_schedule() -> None:
-    checks = [check for check in verify(GOLDEN) if check.case.endswith("schedule.json")]
+@pytest.fixture
+def schedule(tmp_path: Path) -> Path:
+    """The published step tables, alone in a folder."""
+    return Path(shutil.copy(GOLDEN / "schedule.json", tmp_path))
+
+
+def test_golden_schedule(schedule: Path) -> None:
+    checks = list(verify(schedule.parent))
     assert len(checks) == 12 and all(check.passed for check in checks)
+    tables = json.loads(schedule.read_text())
+    tables["5.0"]["warped"]["750"] *= 1.001
+    schedule.write_text(json.dumps(tables))
+    assert [check.tensor for check in verify(schedule.parent) if not check.passed] == ["shift 5.0: warped"]
 
 
 @pytest.fixture
@@ -83,3 +97,91 @@ def test_broken_cases_are_refused_in_one_sentence(copied: Path, tmp_path: Path) 
     (copied / "case" / "tensors.safetensors").write_bytes(truncated)
     with pytest.raises(CheckpointError, match="cannot be read"):
         list(verify(copied))
+
+
+def edited(case: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    settings = json.loads((case / "case.json").read_text())
+    edit(settings)
+    (case / "case.json").write_text(json.dumps(settings))
+
+
+def retensored(case: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(case / "tensors.safetensors")
+    edit(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, case / "tensors.safetensors")
+
+
+MALFORMED: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "prompt too short": (
+        "prompt_embeds is .* the case is inconsistent",
+        lambda case: retensored(case, lambda t: t.update(prompt_embeds=t["prompt_embeds"][:, :-1])),
+    ),
+    "prompt of fewer rows": (
+        "prompt_embeds is .* the case is inconsistent",
+        lambda case: retensored(case, lambda t: t.update(prompt_embeds=t["prompt_embeds"][:0])),
+    ),
+    "no row at all": (
+        "has nothing to compare",
+        lambda case: retensored(case, lambda t: t.update({key: t[key][:0] for key in ("noise", "prompt_embeds")})),
+    ),
+    "noise too short": (
+        "cannot be replayed",
+        lambda case: retensored(case, lambda t: t.update(noise=t["noise"][:, :1])),
+    ),
+    "re-noising missing": (
+        r"has 0 tensors renoise\.… and needs more",
+        lambda case: retensored(case, lambda t: [t.pop(key) for key in list(t) if key.startswith("renoise.")]),
+    ),
+    "noise of one axis": ("cannot be replayed", lambda case: retensored(case, lambda t: t.update(noise=torch.ones(1)))),
+    "words for numbers": ("cannot be replayed", lambda case: edited(case, lambda s: s.update(num_output_frames="x"))),
+    "a list for the model": ("cannot be replayed", lambda case: edited(case, lambda s: s.update(model=[]))),
+    "one number for two": ("cannot be replayed", lambda case: edited(case, lambda s: s.update(latent_hw=[6]))),
+    "calls that are none": ("cannot be replayed", lambda case: edited(case, lambda s: s.update(calls=[1]))),
+}
+
+
+@pytest.mark.parametrize("fault", MALFORMED)
+def test_malformed_rollouts_are_refused_in_one_sentence(copied: Path, fault: str) -> None:
+    message, spoil = MALFORMED[fault]
+    spoil(copied / "case")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        list(verify(copied, device="cpu"))
+    assert "\n" not in str(caught.value) and "case" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "edit"),
+    [
+        ("umt5", lambda settings: settings.update(num_heads=3)),
+        ("umt5", lambda settings: settings.update(dim="wide")),
+        ("wan_vae", lambda settings: settings.update(mean=5)),
+        ("wan_vae", lambda settings: settings.update(dim_mult=[1, 2])),
+        ("taehv", lambda settings: settings.update(keys=[])),
+        ("taehv", lambda settings: settings["keys"].pop("decoder.1.bias")),
+        ("taehv", lambda settings: settings.update(weights_seed=-1)),
+    ],
+)
+def test_malformed_parts_are_refused_in_one_sentence(
+    tmp_path: Path, part: str, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    shutil.copytree(GOLDEN / part, tmp_path / part)
+    edited(tmp_path / part, edit)
+    with pytest.raises(SfrtError) as caught:
+        list(verify(tmp_path, device="cpu"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", '{"five": {}}', '{"5.0": 5}', '{"5.0": {"sigmas_every_50": "x"}}', "[" * 100_000]
+)
+def test_malformed_schedules_are_refused(schedule: Path, text: str) -> None:
+    schedule.write_text(text)
+    with pytest.raises(CheckpointError, match=r"schedule\.json (has nothing|cannot be)"):
+        list(verify(schedule.parent))
+
+
+def test_no_flag_of_torch_is_left_changed_between_checks(copied: Path) -> None:
+    before = torch.backends.cudnn.allow_tf32
+    assert before, "torch's default, which a replay turns off"
+    for _ in verify(copied, device="cpu"):
+        assert torch.backends.cudnn.allow_tf32

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 # A room imports rooms of earlier lines only, and its own files.
 LAYERS = (
-    {"errors"},
+    {"errors", "machine"},
     {"config"},
     {"ring", "timesteps", "noise", "bundle", "weights", "device", "metrics", "video"},
     {"ops"},
@@ -31,7 +31,7 @@ LAYERS = (
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 
-NO_TORCH = {"errors", "config", "ring", "timesteps", "bundle", "scheduler", "doctor", "cli"}
+NO_TORCH = {"errors", "machine", "config", "ring", "timesteps", "bundle", "scheduler", "doctor", "cli"}
 """Rooms that load no torch when they are imported: pure arithmetic, or the way to `sfrt --help`."""
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfrt.errors import ConfigError
-from sfrt.noise import MAX_SEED, chunk_noise, philox
+from sfrt.noise import MAX_SEED, check_seed, chunk_noise, philox
 
 CPU = torch.device("cpu")
 
@@ -88,10 +88,10 @@ def test_seed_frame_step_and_element_all_matter_and_the_result_is_normal() -> No
     assert abs(float((base**4).mean()) - 3) < 5 * math.sqrt(96 / count)
 
 
-@pytest.mark.parametrize("seed", [-1, MAX_SEED + 1])
+@pytest.mark.parametrize("seed", [-1, MAX_SEED + 1, 1.5])
 def test_seeds_out_of_range_are_refused(seed: int) -> None:
     with pytest.raises(ConfigError, match="seed"):
-        chunk_noise(seed, range(1), range(0, 1), 1, 4, CPU)
+        check_seed(seed)
 
 
 @pytest.mark.gpu

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import shutil
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +45,7 @@ def test_chunks_have_the_promised_shapes(runtime: Runtime) -> None:
     assert [chunk.frames.shape for chunk in chunks] == [(9, 32, 48, 3), (12, 32, 48, 3), (12, 32, 48, 3)]
     assert all(chunk.frames.dtype == np.uint8 for chunk in chunks)
     assert all(chunk.latents.shape == (3, 4, 4, 6) and chunk.latents.dtype == torch.float32 for chunk in chunks)
-    assert chunks[0].timings.refresh_ms < 1 < chunks[0].timings.dit_ms
+    assert chunks[0].timings.refresh_ms == 0 < chunks[0].timings.dit_ms, "there is nothing to refresh yet"
     assert chunks[1].timings.chunk_ms > chunks[1].timings.refresh_ms > 0
 
 
@@ -85,6 +87,7 @@ def test_a_window_as_long_as_the_stream_changes_nothing(runtime: Runtime) -> Non
 
 def test_a_long_stream_keeps_its_memory(runtime: Runtime) -> None:
     with runtime.session(PROMPT) as session:
+        assert session._stage is not None
         cache = session._stage.rollout._cache  # type: ignore[attr-defined]
         before = (cache.k.data_ptr(), cache.v.data_ptr(), cache.k.shape)
         for chunk in itertools.islice(session, 12):
@@ -121,6 +124,49 @@ def test_going_on_from_a_picture_file(runtime: Runtime, tmp_path: Path) -> None:
         assert len(next(session).frames) == 12
 
 
+def test_a_pass_run_early_still_counts(runtime: Runtime) -> None:
+    with runtime.session(PROMPT) as session:
+        next(session)
+        session.refresh()
+        assert next(session).timings.refresh_ms > 0
+
+
+def test_closing_lets_the_ring_go(runtime: Runtime) -> None:
+    session = runtime.session(PROMPT)
+    next(session)
+    assert session._stage is not None
+    ring = weakref.ref(session._stage.rollout._cache.k)  # type: ignore[attr-defined]
+    session.close()
+    gc.collect()
+    assert ring() is None
+
+
+def test_a_chunk_that_fails_leaves_the_stream_where_it_was(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = stream(runtime, 3, seed=8)
+    with runtime.session(PROMPT, seed=8) as session:
+        next(session)
+        assert session._stage is not None
+        rollout = session._stage.rollout
+        flow, calls = rollout.flow, itertools.count()
+
+        def interrupted(tokens: Tensor, timestep: float) -> Tensor:
+            if next(calls) == 2:
+                raise KeyboardInterrupt
+            return flow(tokens, timestep)
+
+        monkeypatch.setattr(rollout, "flow", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(session)
+        for chunk, expected in zip(itertools.islice(session, 2), reference[1:], strict=True):
+            assert chunk.index == expected.index
+            assert torch.equal(chunk.latents, expected.latents)
+            assert np.array_equal(chunk.frames, expected.frames)
+
+
+def test_a_chunk_is_its_owners_to_change(runtime: Runtime) -> None:
+    stream(runtime, 1)[0].latents.mul_(2)
+
+
 def test_a_closed_session_yields_nothing(runtime: Runtime) -> None:
     session = runtime.session(PROMPT)
     next(session)
@@ -145,6 +191,7 @@ def test_the_hot_path_moves_nothing_and_waits_for_nothing(runtime: Runtime) -> N
     """No roll, clone or concatenation of the cache, and no read of a device's value, once the ring has wrapped."""
     with runtime.session(PROMPT) as session:
         list(itertools.islice(session, 6))
+        assert session._stage is not None
         rollout, stage = session._stage.rollout, session._stage
         rollout.place(Ring(9, 3).plan(18, 3))
         tokens = torch.zeros(3 * stage.grid.tokens, stage.model.token_dim)
@@ -160,6 +207,10 @@ def test_the_hot_path_moves_nothing_and_waits_for_nothing(runtime: Runtime) -> N
     ("arguments", "error", "says"),
     [
         ({"prompt": "   "}, PromptError, "empty"),
+        ({"prompt": torch.zeros(5, 24)}, PromptError, r"give floats \[12, 24\]"),
+        ({"prompt": torch.zeros(12, 24, dtype=torch.int64)}, PromptError, "give floats"),
+        ({"seed": 1.5}, ConfigError, "seed"),
+        ({"initial": torch.zeros(0, 3, 32, 48)}, MediaError, "1 or more"),
         ({"seed": -1}, ConfigError, "seed"),
         ({"limit": 0}, ConfigError, "at least one"),
         ({"initial": torch.zeros(1, 3, 16, 16)}, MediaError, r"\[F, 3, 32, 48\]"),
@@ -200,10 +251,26 @@ def test_a_manifest_of_another_model_is_refused(tiny_bundle: Path, tmp_path: Pat
         Runtime(tmp_path / "edited", device="cpu")
 
 
-def test_too_little_memory_is_said_before_it_is_taken(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_said_before_it_is_taken(
+    tiny_bundle: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sfrt.device, "free_bytes", lambda device: 1000)
-    with pytest.raises(DeviceError, match=r"needs .* GiB on cpu and 0.00 GiB are free"):
+    with pytest.raises(DeviceError, match=r"a ring of 9 .* needs .* GiB on cpu and 0.00 GiB are free"):
         runtime.session(PROMPT)
+    with pytest.raises(DeviceError, match="the transformer needs"):
+        Runtime(tiny_bundle, device="cpu")
+
+
+def test_running_out_of_memory_is_one_sentence(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    with runtime.session(PROMPT) as session:
+        assert session._stage is not None
+
+        def no_memory(tokens: Tensor, timestep: float) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(session._stage.rollout, "flow", no_memory)
+        with pytest.raises(DeviceError, match="the stream ran out of memory on cpu"):
+            next(session)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,26 +12,15 @@ from torch import Tensor
 
 from sfrt.config import TaehvConfig
 from sfrt.decoders.taehv import Taehv
+from sfrt_export.verify import relative_error, seeded_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 NARROW = TaehvConfig(latent_channels=6, encoder_width=8, decoder_widths=(16, 12, 8, 8))
 
 
-def relative_error(out: Tensor, reference: Tensor) -> float:
-    return float((out.float() - reference).norm() / reference.norm())
-
-
 def golden_weights() -> dict[str, Tensor]:
     case = json.loads((GOLDEN / "taehv/case.json").read_text())
-    rng = np.random.Generator(np.random.PCG64(case["weights_seed"]))
-    weights = {}
-    for key, shape in sorted(case["keys"].items()):
-        value = rng.standard_normal(shape, np.float32)
-        value *= np.float32(case["weights_gain"] if len(shape) > 1 else 0.1)
-        # Two float32 roundings, product then quotient: one product by the ratio would round some weights otherwise.
-        value /= np.float32(math.sqrt(math.prod(shape[1:])))
-        weights[key] = torch.from_numpy(value).bfloat16()
-    return weights
+    return seeded_weights(case["keys"], case["weights_seed"], case["weights_gain"])
 
 
 @pytest.fixture(scope="module")

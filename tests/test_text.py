@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
 
 from sfrt.config import Umt5Config
 from sfrt.errors import BundleError, PromptError
 from sfrt.text import TextEncoder, Tokenizer, Umt5Encoder, clean_prompt, relative_buckets
+from sfrt_export.verify import relative_error
 
 GOLDEN = Path(__file__).parent / "golden"
 WORDS = ["a", "red", "blue", "circle", "square", "moving", "left", "right", "on", "background"]
@@ -31,10 +31,6 @@ def golden_encoder(dtype: torch.dtype) -> Umt5Encoder:
     weights = {name: value.to(dtype) for name, value in load_file(GOLDEN / "umt5" / "weights.safetensors").items()}
     encoder.load_state_dict(weights, strict=True, assign=True)
     return encoder
-
-
-def relative_error(out: Tensor, reference: Tensor) -> float:
-    return float((out.double() - reference.double()).norm() / reference.double().norm())
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sfrt.errors import MediaError
-from sfrt.video import open_sink, read_frames
+from sfrt.video import check_target, open_writer, read_frames
 
 HEIGHT, WIDTH, FPS = 48, 64, 16
 BLUE, RED = (30, 60, 200), (225, 45, 35)
@@ -77,9 +79,9 @@ def standard_output(fd: int) -> Iterator[None]:
 @pytest.mark.parametrize(("name", "mean"), [("a.mp4", 3.0), ("a.GIF", 1.0)])
 def test_video_file_comes_back(tmp_path: Path, name: str, mean: float) -> None:
     target = tmp_path / name
-    with open_sink(str(target), width=WIDTH, height=HEIGHT, fps=FPS) as sink:
-        assert sink.write(clip(9))
-        assert sink.write(torch.from_numpy(clip(12, first=9)))
+    with open_writer(str(target), width=WIDTH, height=HEIGHT, fps=FPS) as writer:
+        assert writer.write(clip(9))
+        assert writer.write(torch.from_numpy(clip(12, first=9)))
     frames, rate = decode(target)
     assert rate == FPS or name == "a.GIF"  # a GIF counts hundredths of a second: see below
     assert_close(frames, clip(21), mean)
@@ -87,8 +89,8 @@ def test_video_file_comes_back(tmp_path: Path, name: str, mean: float) -> None:
 
 def test_mp4_is_complete_and_tagged(tmp_path: Path) -> None:
     target = tmp_path / "a.mp4"
-    with open_sink(str(target), width=WIDTH, height=HEIGHT, fps=FPS) as sink:
-        sink.write(clip(20))
+    with open_writer(str(target), width=WIDTH, height=HEIGHT, fps=FPS) as writer:
+        writer.write(clip(20))
     with av.open(str(target)) as container:
         stream = container.streams.video[0]
         assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
@@ -101,8 +103,8 @@ def test_mp4_is_complete_and_tagged(tmp_path: Path) -> None:
 
 def test_gif_loops_forever(tmp_path: Path) -> None:
     target = tmp_path / "a.gif"
-    with open_sink(str(target), width=WIDTH, height=HEIGHT, fps=FPS) as sink:
-        sink.write(clip(16))
+    with open_writer(str(target), width=WIDTH, height=HEIGHT, fps=FPS) as writer:
+        writer.write(clip(16))
     with Image.open(target) as image:
         durations = []
         for index in range(image.n_frames):
@@ -114,9 +116,9 @@ def test_gif_loops_forever(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["frames", "v1.2/"])
 def test_folder_of_pictures(tmp_path: Path, name: str) -> None:
-    with open_sink(f"{tmp_path}/{name}", width=WIDTH, height=HEIGHT, fps=FPS) as sink:
-        sink.write(clip(2))
-        sink.write(clip(1, first=2))
+    with open_writer(f"{tmp_path}/{name}", width=WIDTH, height=HEIGHT, fps=FPS) as writer:
+        writer.write(clip(2))
+        writer.write(clip(1, first=2))
     files = sorted((tmp_path / name).iterdir())
     assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
     assert np.array_equal(np.stack([np.array(Image.open(file)) for file in files]), clip(3))
@@ -127,10 +129,10 @@ def test_pipe(tmp_path: Path) -> None:
     with (
         target.open("wb") as file,
         standard_output(file.fileno()),
-        open_sink("-", width=WIDTH, height=HEIGHT, fps=FPS) as sink,
+        open_writer("-", width=WIDTH, height=HEIGHT, fps=FPS) as writer,
     ):
-        assert sink.write(clip(3))
-        assert sink.write(clip(2, first=3))
+        assert writer.write(clip(3))
+        assert writer.write(clip(2, first=3))
     assert target.read_bytes().startswith(b"YUV4MPEG2 W64 H48 F16:1 ")
     frames, rate = decode(target)
     assert rate == FPS
@@ -138,40 +140,40 @@ def test_pipe(tmp_path: Path) -> None:
 
 
 def test_frames_leave_the_pipe_as_they_come() -> None:
-    reader, writer = os.pipe()
-    with standard_output(writer), open_sink("-", width=WIDTH, height=HEIGHT, fps=FPS) as sink:
-        sink.write(clip(1))
+    reader, end = os.pipe()
+    with standard_output(end), open_writer("-", width=WIDTH, height=HEIGHT, fps=FPS) as writer:
+        writer.write(clip(1))
         received = os.read(reader, 1 << 16)
     os.close(reader)
-    os.close(writer)
+    os.close(end)
     assert len(received) > WIDTH * HEIGHT * 3 / 2
 
 
 def test_reader_of_the_pipe_leaves() -> None:
-    reader, writer = os.pipe()
-    with standard_output(writer), open_sink("-", width=WIDTH, height=HEIGHT, fps=FPS) as sink:
+    reader, end = os.pipe()
+    with standard_output(end), open_writer("-", width=WIDTH, height=HEIGHT, fps=FPS) as writer:
         os.close(reader)
-        assert not sink.write(clip(1))
-        assert not sink.write(clip(1))
-    os.close(writer)
+        assert not writer.write(clip(1))
+        assert not writer.write(clip(1))
+    os.close(end)
 
 
 def test_pipe_without_a_reader() -> None:
-    reader, writer = os.pipe()
+    reader, end = os.pipe()
     os.close(reader)
-    with standard_output(writer), open_sink("-", width=WIDTH, height=HEIGHT, fps=FPS) as sink:
-        assert not sink.write(clip(1))
-    os.close(writer)
+    with standard_output(end), open_writer("-", width=WIDTH, height=HEIGHT, fps=FPS) as writer:
+        assert not writer.write(clip(1))
+    os.close(end)
 
 
 def test_mp4_survives_a_crash(tmp_path: Path) -> None:
     target = tmp_path / "a.mp4"
     script = f"""if True:
         import os, numpy
-        from sfrt.video import open_sink
-        sink = open_sink({str(target)!r}, width={WIDTH}, height={HEIGHT}, fps={FPS})
+        from sfrt.video import open_writer
+        writer = open_writer({str(target)!r}, width={WIDTH}, height={HEIGHT}, fps={FPS})
         for frame in numpy.load({str(tmp_path / "clip.npy")!r}):
-            sink.write(frame[None])
+            writer.write(frame[None])
         os._exit(7)
     """
     np.save(tmp_path / "clip.npy", clip(60))
@@ -183,17 +185,17 @@ def test_mp4_survives_a_crash(tmp_path: Path) -> None:
 
 def test_interrupted_mp4_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "a.mp4"
-    with pytest.raises(KeyboardInterrupt), open_sink(str(target), width=WIDTH, height=HEIGHT, fps=FPS) as sink:
-        sink.write(clip(21))
+    with pytest.raises(KeyboardInterrupt), open_writer(str(target), width=WIDTH, height=HEIGHT, fps=FPS) as writer:
+        writer.write(clip(21))
         raise KeyboardInterrupt
     assert_close(decode(target)[0], clip(21), 3.0)
 
 
 def write_noise(target: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (60, HEIGHT, WIDTH, 3), np.uint8)
-    with open_sink(str(target), width=WIDTH, height=HEIGHT, fps=FPS) as sink:
+    with open_writer(str(target), width=WIDTH, height=HEIGHT, fps=FPS) as writer:
         for start in range(0, 60, 6):
-            sink.write(noise[start : start + 6])
+            writer.write(noise[start : start + 6])
 
 
 @pytest.mark.parametrize(
@@ -224,9 +226,9 @@ def test_pictures_before_the_full_disk_stay(tmp_path: Path) -> None:
     with (
         pytest.raises(MediaError, match=r"000001\.png"),
         file_size_limit(4000),
-        open_sink(str(tmp_path / "a"), width=WIDTH, height=HEIGHT, fps=FPS) as sink,
+        open_writer(str(tmp_path / "a"), width=WIDTH, height=HEIGHT, fps=FPS) as writer,
     ):
-        sink.write(frames)
+        writer.write(frames)
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["000000.png"]
 
 
@@ -237,16 +239,64 @@ def test_full_disk_behind_standard_output() -> None:
         open("/dev/full", "wb") as full,
         standard_output(full.fileno()),
         pytest.raises(MediaError, match=message),
-        open_sink("-", width=WIDTH, height=HEIGHT, fps=FPS) as sink,
+        open_writer("-", width=WIDTH, height=HEIGHT, fps=FPS) as writer,
     ):
-        sink.write(clip(1))
+        writer.write(clip(1))
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a"])
 def test_nothing_written_leaves_nothing(tmp_path: Path, name: str) -> None:
-    with open_sink(str(tmp_path / name), width=WIDTH, height=HEIGHT, fps=FPS):
+    with open_writer(str(tmp_path / name), width=WIDTH, height=HEIGHT, fps=FPS):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif"])
+def test_until_the_first_frame_an_old_file_stays(tmp_path: Path, name: str) -> None:
+    """Ctrl-C while the model loads or the first chunk is made."""
+    (tmp_path / name).write_text("mine")
+    with (
+        pytest.raises(KeyboardInterrupt),
+        open_writer(str(tmp_path / name), width=WIDTH, height=HEIGHT, fps=FPS) as writer,
+    ):
+        writer.write(clip(0))
+        raise KeyboardInterrupt
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_an_interrupted_picture_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Image.Image.save
+
+    def interrupted(image: Image.Image, path: Path, **options: object) -> None:
+        if path.name == "000001.png":
+            path.write_bytes(b"half a picture")
+            raise KeyboardInterrupt
+        save(image, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        open_writer(str(tmp_path / "a"), width=WIDTH, height=HEIGHT, fps=FPS) as writer,
+    ):
+        writer.write(clip(2))
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["000000.png"]
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "file:a.gif"])
+def test_a_name_that_looks_like_a_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open_writer(name, width=WIDTH, height=HEIGHT, fps=FPS) as writer:
+        writer.write(clip(5))
+    assert os.listdir(tmp_path) == [name]
+    assert len(read_frames(name, height=HEIGHT, width=WIDTH)) in (5, 6)  # a GIF counts hundredths of a second
+
+
+def test_a_terminal_wants_no_raw_video() -> None:
+    terminal, inside = pty.openpty()
+    with standard_output(inside), pytest.raises(MediaError, match="terminal"):
+        check_target("-")
+    os.close(terminal)
+    os.close(inside)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +308,8 @@ def test_nothing_written_leaves_nothing(tmp_path: Path, name: str) -> None:
         ("folder.mp4", "that is a folder"),
         ("full", "not empty"),
         ("file", "in the way"),
+        ("file/a", "in the way"),
+        ("a" * 300 + ".mp4", "too long"),
     ],
 )
 def test_bad_targets(tmp_path: Path, target: str, named: str) -> None:
@@ -266,15 +318,16 @@ def test_bad_targets(tmp_path: Path, target: str, named: str) -> None:
     (tmp_path / "full/keep.png").write_text("mine")
     (tmp_path / "file").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(MediaError, match=named):
-        open_sink(str(tmp_path / target), width=WIDTH, height=HEIGHT, fps=FPS)
+    for refuse in (check_target, partial(open_writer, width=WIDTH, height=HEIGHT, fps=FPS)):
+        with pytest.raises(MediaError, match=named):
+            refuse(str(tmp_path / target))
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_odd_sizes_are_refused_before_anything_is_touched(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_text("mine")
     with pytest.raises(MediaError, match="even sizes"):
-        open_sink(str(tmp_path / "a.mp4"), width=63, height=HEIGHT, fps=FPS)
+        open_writer(str(tmp_path / "a.mp4"), width=63, height=HEIGHT, fps=FPS)
     assert (tmp_path / "a.mp4").read_text() == "mine"
 
 
@@ -283,19 +336,19 @@ def test_odd_sizes_are_refused_before_anything_is_touched(tmp_path: Path) -> Non
 )
 def test_other_frames_are_refused(tmp_path: Path, frames: NDArray[np.uint8]) -> None:
     with (
-        open_sink(str(tmp_path / "a.mp4"), width=WIDTH, height=HEIGHT, fps=FPS) as sink,
+        open_writer(str(tmp_path / "a.mp4"), width=WIDTH, height=HEIGHT, fps=FPS) as writer,
         pytest.raises(MediaError, match=r"uint8 \[F, 48, 64, 3\]"),
     ):
-        sink.write(frames)
+        writer.write(frames)
 
 
-def test_closed_sink_takes_no_more(tmp_path: Path) -> None:
-    sink = open_sink(str(tmp_path / "a.gif"), width=WIDTH, height=HEIGHT, fps=FPS)
-    sink.write(clip(1))
-    sink.close()
-    sink.close()
+def test_closed_writer_takes_no_more(tmp_path: Path) -> None:
+    writer = open_writer(str(tmp_path / "a.gif"), width=WIDTH, height=HEIGHT, fps=FPS)
+    writer.write(clip(1))
+    writer.close()
+    writer.close()
     with pytest.raises(MediaError, match="closed"):
-        sink.write(clip(1))
+        writer.write(clip(1))
     assert len(decode(tmp_path / "a.gif")[0]) == 1
 
 
@@ -330,8 +383,8 @@ def test_read_picture_upright_and_without_transparency(tmp_path: Path) -> None:
 
 def test_read_clip(tmp_path: Path) -> None:
     target = tmp_path / "a.mp4"
-    with open_sink(str(target), width=WIDTH, height=HEIGHT, fps=FPS) as sink:
-        sink.write(clip(21))
+    with open_writer(str(target), width=WIDTH, height=HEIGHT, fps=FPS) as writer:
+        writer.write(clip(21))
     frames = read_frames(target, height=HEIGHT, width=WIDTH, max_frames=9)
     assert frames.shape == (9, 3, HEIGHT, WIDTH) and frames.min() >= 0 and frames.max() <= 1
     assert_close((frames.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy(), clip(9), 3.0)
@@ -339,8 +392,8 @@ def test_read_clip(tmp_path: Path) -> None:
 
 def test_read_clip_at_another_rate_and_size(tmp_path: Path) -> None:
     target = tmp_path / "a.mp4"
-    with open_sink(str(target), width=WIDTH, height=HEIGHT, fps=32) as sink:
-        sink.write(clip(32))
+    with open_writer(str(target), width=WIDTH, height=HEIGHT, fps=32) as writer:
+        writer.write(clip(32))
     frames = read_frames(target, height=32, width=32, fps=16)
     assert frames.shape == (16, 3, 32, 32)
     # Every second frame, scaled by 32/48 about the centre: the left edge is where it belongs.
@@ -349,10 +402,28 @@ def test_read_clip_at_another_rate_and_size(tmp_path: Path) -> None:
 
 
 def test_read_animated_gif_as_a_clip(tmp_path: Path) -> None:
-    with open_sink(str(tmp_path / "a.gif"), width=WIDTH, height=HEIGHT, fps=FPS) as sink:
-        sink.write(clip(16))
+    with open_writer(str(tmp_path / "a.gif"), width=WIDTH, height=HEIGHT, fps=FPS) as writer:
+        writer.write(clip(16))
     frames = read_frames(tmp_path / "a.gif", height=HEIGHT, width=WIDTH)
     assert abs(len(frames) - 16) <= 1
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.png"])
+def test_read_a_picture_that_moves(tmp_path: Path, name: str) -> None:
+    pictures = [Image.fromarray(frame) for frame in clip(2)]
+    pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:], duration=250, lossless=True)
+    frames = read_frames(tmp_path / name, height=HEIGHT, width=WIDTH, fps=8)
+    shown = (frames.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+    assert np.array_equal(shown, clip(2)[[0, 0, 1, 1]])
+    assert len(read_frames(tmp_path / name, height=HEIGHT, width=WIDTH, fps=8, max_frames=3)) == 3
+
+
+def test_of_pages_the_first_is_read(tmp_path: Path) -> None:
+    pages = [Image.fromarray(frame) for frame in clip(3)]
+    pages[0].save(tmp_path / "a.tiff", save_all=True, append_images=pages[1:])
+    frames = read_frames(tmp_path / "a.tiff", height=HEIGHT, width=WIDTH)
+    assert np.array_equal((frames[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy(), clip(1)[0])
+    assert len(frames) == 1
 
 
 @pytest.mark.parametrize(("degrees", "bright"), [(90, "left"), (270, "right"), (180, "bottom")])
@@ -361,8 +432,8 @@ def test_read_clip_upright(tmp_path: Path, degrees: int, bright: str) -> None:
     video = np.zeros((4, 64, 64, 3), np.uint8)
     video[:, :32] = 255
     target = tmp_path / "a.mp4"
-    with open_sink(str(target), width=64, height=64, fps=FPS) as sink:
-        sink.write(video)
+    with open_writer(str(target), width=64, height=64, fps=FPS) as writer:
+        writer.write(video)
     turn_track(target, degrees)
     frame = read_frames(target, height=64, width=64)[0].mean(dim=0)
     halves = {"left": frame[:, :28], "right": frame[:, 36:], "top": frame[:28], "bottom": frame[36:]}
@@ -408,8 +479,8 @@ def test_sound_is_no_clip(tmp_path: Path) -> None:
 
 def test_without_pyav_pictures_still_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    with open_sink(str(tmp_path / "a"), width=WIDTH, height=HEIGHT, fps=FPS) as sink:
-        sink.write(clip(1))
+    with open_writer(str(tmp_path / "a"), width=WIDTH, height=HEIGHT, fps=FPS) as writer:
+        writer.write(clip(1))
     assert read_frames(tmp_path / "a/000000.png", height=HEIGHT, width=WIDTH).shape == (1, 3, HEIGHT, WIDTH)
     with pytest.raises(MediaError, match="pip install av"):
-        open_sink(str(tmp_path / "a.mp4"), width=WIDTH, height=HEIGHT, fps=FPS)
+        open_writer(str(tmp_path / "a.mp4"), width=WIDTH, height=HEIGHT, fps=FPS)

@@ -13,13 +13,10 @@ from torch import Tensor
 from sfrt.config import WanVaeConfig
 from sfrt.decoders.wan_vae import UpsampleConv2d, WanVae, WanVaeState
 from sfrt.errors import ConfigError
+from sfrt_export.verify import relative_error
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-
-
-def relative_error(out: Tensor, reference: Tensor) -> float:
-    return float((out.float() - reference).norm() / reference.norm())
 
 
 def narrow_config() -> WanVaeConfig:

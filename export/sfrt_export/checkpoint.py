@@ -6,6 +6,7 @@ before they are exported (such as merging an adapter) is done to such a mapping.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from sfrt.bundle.writer import LazyTensor
 from sfrt.config import ModelConfig
 from sfrt.errors import CheckpointError
+from sfrt.weights import few
 from sfrt_export import spellings
 from sfrt_export.layout import published_shapes
 from sfrt_export.reading import Source, read_source
@@ -24,12 +26,18 @@ from sfrt_export.reading import Source, read_source
 WAN_HEAD_DIM = 128
 """Head size of every published Wan model. Shapes do not tell it."""
 
-_EMA, _RAW = "generator_ema", "generator"
-_WRAPPERS = (_EMA, _RAW, "model", "state_dict")
+WAN_LAYERS = {1536: 30, 5120: 40}
+"""Depth of the published Wan models by their dim, 1.3B and 14B."""
+
+FLAT = "flat"
+"""What the weights of a file without wrappers are called."""
+
+_EMA = "generator_ema"
+_WRAPPERS = ("generator", "model", "state_dict")
 _MODULE_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 _PREFIXES = ("model.", "net.")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_SHOWN = 3
+_ADAPTER = re.compile(r"(?:^|[._])lora(?:[._]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -43,10 +51,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TransformerCheckpoint(Checkpoint):
-    """The causal DiT. ema: these are its averaged weights."""
+    """The causal DiT. weights is what its checkpoint calls them, such as generator_ema, or flat where it does not."""
 
     config: ModelConfig
-    ema: bool
+    weights: str
 
 
 def load_transformer(
@@ -59,35 +67,45 @@ def load_transformer(
 ) -> TransformerCheckpoint:
     """The DiT of a checkpoint file or folder, in any published spelling.
 
-    ema asks for one kind of weights; None takes what prefer_ema says of a file that has both. heads and text_len are
-    what shapes do not tell: they override a folder's config.json, and that Wan's heads of 128 and 512 text slots.
+    ema asks for one kind of weights; None takes what prefer_ema says of a file that has both. heads and text_len, which
+    shapes do not tell, override a config.json beside the file, and that Wan's heads of 128 and 512 text slots.
     Raises CheckpointError, naming the file and what is wrong with it.
     """
     source = read_source(path, "transformer")
-    data, is_ema = _unwrap(source, ema, prefer_ema)
+    data, weights = _unwrap(source, ema, prefer_ema)
     tensors = named_tensors(source, data)
     if any(".attn1." in name for name in tensors):
-        tensors = spellings.published_names(tensors, spellings.TRANSFORMER)
+        tensors = spellings.published_names(path, tensors, spellings.TRANSFORMER)
     config = _detect_config(source, tensors, heads, text_len)
     model = f"a Wan 2.1 transformer of dim {config.dim} with {config.num_layers} layers"
     check_tensors(path, model, tensors, published_shapes(config))
-    return TransformerCheckpoint(path, source.files, tensors, config, is_ema)
+    return TransformerCheckpoint(path, source.files, tensors, config, weights)
 
 
-def _unwrap(source: Source, ema: bool | None, prefer_ema: bool) -> tuple[Mapping[str, Any], bool]:
-    """The innermost mapping of tensors, and whether it came from the averaged weights."""
-    data, is_ema = source.data, False
+def _unwrap(source: Source, ema: bool | None, prefer_ema: bool) -> tuple[Mapping[str, Any], str]:
+    """The innermost mapping of tensors, and its name within the file."""
+    data, path = source.data, []
     wants_ema = prefer_ema if ema is None else ema
-    while inner := [name for name in _WRAPPERS if isinstance(data.get(name), Mapping)]:
-        name = inner[0]
-        if name == _EMA and not wants_ema and _RAW in inner:
-            name = _RAW
-        data, is_ema = data[name], is_ema or name == _EMA
-    if ema is True and not is_ema:
+    order = (_EMA, *_WRAPPERS) if wants_ema else (*_WRAPPERS, _EMA)
+    _refuse_adapter(source, data)
+    while inner := [name for name in order if isinstance(data.get(name), Mapping)]:
+        path.append(inner[0])
+        data = data[inner[0]]
+        _refuse_adapter(source, data)
+    if ema is True and _EMA not in path:
         raise CheckpointError(f"{source.path} has no averaged weights ({_EMA}); export it without asking for EMA")
-    if ema is False and is_ema:
+    if ema is False and _EMA in path:
         raise CheckpointError(f"{source.path} has averaged weights only ({_EMA}); export it without refusing EMA")
-    return data, is_ema
+    return data, ".".join(path) or FLAT
+
+
+def _refuse_adapter(source: Source, data: Mapping[str, Any]) -> None:
+    adapter = sorted(name for name in map(str, data) if _ADAPTER.search(name))
+    if adapter:
+        raise CheckpointError(
+            f"{source.path} holds an adapter ({few(adapter)}), which cannot be merged yet; "
+            "give the path of the base checkpoint alone to export it without"
+        )
 
 
 def named_tensors(source: Source, data: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -109,7 +127,7 @@ def named_tensors(source: Source, data: Mapping[str, Any]) -> dict[str, Tensor]:
             )
         tensors[name] = value
     if not tensors:
-        held = _few(sorted(map(str, data))) or "nothing"
+        held = few(sorted(map(str, data))) or "nothing"
         raise CheckpointError(
             f"{source.path} holds no tensors where a model's should be (it holds {held}); it is not a checkpoint"
         )
@@ -132,7 +150,7 @@ def _detect_config(
     names = ("patch_embedding.weight", "text_embedding.0.weight", "time_embedding.0.weight", "blocks.0.ffn.0.weight")
     patch, text, time, ffn = shapes_of(source.path, "a Wan 2.1 transformer", tensors, names, (5, 2, 2, 2))
     dim = patch[0]
-    said = source.config
+    said = {} if "d_model" in source.config else source.config  # Wan's own folder may hold a text encoder's
     if heads is None:
         heads = said.get("num_attention_heads", said.get("num_heads"))
     if heads is None:
@@ -148,10 +166,10 @@ def _detect_config(
             dim=dim,
             ffn_dim=ffn[0],
             num_heads=int(heads),
-            num_layers=count_layers(tensors),
+            num_layers=layers_of(said, WAN_LAYERS.get(dim), tensors),
             freq_dim=time[1],
             text_dim=text[1],
-            text_len=int(text_len or said.get("text_len", defaults.text_len)),
+            text_len=int(said.get("text_len", defaults.text_len) if text_len is None else text_len),
             latent_channels=patch[1],
             patch_size=(patch[2], patch[3], patch[4]),
             eps=float(said.get("eps", defaults.eps)),
@@ -168,15 +186,21 @@ def shapes_of(
     for name, rank in zip(names, ranks, strict=True):
         if name not in tensors or tensors[name].ndim != rank:
             raise CheckpointError(
-                f"{path} is not {model}: it has no {name} of {rank} axes (it has {_few(sorted(tensors))}); "
+                f"{path} is not {model}: it has no {name} of {rank} axes (it has {few(sorted(tensors))}); "
                 "check that it is the file you mean"
             )
         found.append(tuple(tensors[name].shape))
     return found
 
 
-def count_layers(tensors: Mapping[str, Tensor]) -> int:
-    """How many blocks the names blocks.N.… speak of."""
+def layers_of(said: Mapping[str, Any], published: int | None, tensors: Mapping[str, Tensor]) -> int:
+    """How deep a model should be: as its config.json says, else as the published one of its width is, else as it is.
+
+    Only where nothing else tells are the names blocks.N.… counted: what lacks its last blocks would pass as whole.
+    Raises ValueError or TypeError for a config.json that gives no number.
+    """
+    if (layers := said.get("num_layers", published)) is not None:
+        return int(layers)
     return len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
 
 
@@ -192,18 +216,12 @@ def check_tensors(
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
     findings = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-    problems = [f"{len(names)} keys {what} ({_few(names)})" for what, names in findings if names]
+    problems = [f"{len(names)} keys {what} ({few(names)})" for what, names in findings if names]
     if problems:
         raise CheckpointError(
             f"{path} is not {model} ({len(expected)} keys): {'; '.join(problems)}; "
             "check that it is whole and the model you mean"
         )
-
-
-def _few(names: Iterable[str]) -> str:
-    """The first few, and an ellipsis for the rest."""
-    first = list(names)
-    return ", ".join(first[:_SHOWN]) + (", …" if len(first) > _SHOWN else "")
 
 
 def lazy(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, LazyTensor]:

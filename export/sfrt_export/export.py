@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -54,7 +55,8 @@ def export_checkpoint(
     vae or taehv is the decoder; text_encoder and tokenizer go together; paths may be files or folders. stream overrides
     fields of the family's StreamConfig. dtype converts the transformer, None keeps it as stored; other parts stay as
     stored. Tensors pass one at a time, so memory stays near the size of the mapped checkpoint.
-    Raises CheckpointError, BundleError or ConfigError; nothing is left at `output` then.
+    Raises CheckpointError, BundleError or ConfigError; nothing is left at `output` then. Warns of a family that was
+    not told, and of what a family's bundle lacks.
     """
     output = Path(output)
     with BundleWriter(output) as writer:
@@ -73,6 +75,7 @@ def export_checkpoint(
             family=settings.name,
             model=transformer.config,
             stream=stream_config,
+            weights=transformer.weights,
             dtype=_main_dtype(weights),
             created_by=f"sfrt {sfrt.__version__}",
             decoder=decoder.part if decoder else None,
@@ -85,7 +88,10 @@ def export_checkpoint(
             _write(writer, "text_encoder", lazy(text.path, text.tensors), progress)
             writer.add_tokenizer(text.tokenizer)
         source = _hash_sources({"transformer": transformer, "decoder": decoder, "text_encoder": text}, progress)
-        return writer.finish(dataclasses.replace(manifest, source=source))
+        bundle = writer.finish(dataclasses.replace(manifest, source=source))
+    if settings.caution is not None:
+        warnings.warn(settings.caution, stacklevel=2)
+    return bundle
 
 
 def _stream(family: Family, overrides: Mapping[str, Any]) -> StreamConfig:

@@ -1,12 +1,14 @@
 """The published families of causal video models: how each is rolled out, and which ones cannot be yet.
 
-Settings as published with the checkpoints; all but the numbers that differ are those of Self Forcing.
+Settings as published with the checkpoints; all but the numbers that differ are those of Self Forcing. Families that
+are published without a window get one of 21 latent frames, the length they were trained at: nothing changes within it,
+and a stream may go on beyond.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sfrt.config import StreamConfig
@@ -17,8 +19,9 @@ from sfrt.errors import ConfigError
 class Family:
     """One family. prefer_ema picks among the weights of a file that has both kinds.
 
-    files are beginnings of the file names that its checkpoints go by, letters and digits only. unsupported is the
-    reason why settings alone do not run it, None where they do.
+    files are beginnings of the file names that its checkpoints go by, in lower case without separators; FOLDER/NAME
+    where only the folder tells. caution is what to know of an exported bundle, unsupported the reason why settings
+    alone do not run the family, None where there is none.
     """
 
     name: str
@@ -26,6 +29,7 @@ class Family:
     files: tuple[str, ...]
     stream: StreamConfig = field(default_factory=StreamConfig)
     prefer_ema: bool = False
+    caution: str | None = None
     unsupported: str | None = None
 
 
@@ -36,22 +40,28 @@ _FRAME_WISE = StreamConfig(chunk=1)
 
 _ALL = (
     Family(DEFAULT, "arXiv 2506.08009", ("selfforcing",), prefer_ema=True),
-    Family("causal-forcing", "arXiv 2602.02214", ("causalforcing",)),
+    Family("causal-forcing", "arXiv 2602.02214", ("causalforcing", "chunkwise")),
     Family(
         "causal-forcing-framewise",
         "arXiv 2602.02214, frame-wise",
-        ("causalforcingframewise", "framewise"),
+        ("framewise/causalforcing", "causalforcingframewise", "framewise"),
         _FRAME_WISE,
         prefer_ema=True,
     ),
     Family(
         "causal-forcing-pp",
         "Causal Forcing++, frame-wise, two steps",
-        ("causalforcingpp", "causalforcingplusplus"),
+        ("causalforcingpp", "causalforcingplus"),
         StreamConfig(chunk=1, steps=(1000.0, 500.0), first_steps=_FOUR_STEPS),
         prefer_ema=True,
     ),
-    Family("longlive", "arXiv 2509.22622", ("longlivebase", "longlive"), StreamConfig(window=12, sink=3)),
+    Family(
+        "longlive",
+        "arXiv 2509.22622",
+        ("longlive",),
+        StreamConfig(window=12, sink=3),
+        caution="the adapter that longlive checkpoints come with (lora.pt) is not merged: this is the base model alone",
+    ),
     Family(
         "causvid",
         "arXiv 2412.07772",
@@ -62,21 +72,18 @@ _ALL = (
         "streamdiffusionv2",
         "StreamDiffusionV2, video to video",
         ("streamdiffusionv2", "wancausaldmdv2v"),
-        StreamConfig(chunk=1, window=6, sink=3, steps=(700.0, 500.0, 400.0, 200.0), warp=False, shift=8.0),
         unsupported="it starts from a source video noised to its first step, not from noise",
     ),
     Family(
         "infinite-forcing",
         "Infinite Forcing",
         ("infiniteforcing",),
-        StreamConfig(window=6, sink=1),
         unsupported="it caches keys without rotary phases and rotates them when they are read",
     ),
     Family(
         "krea",
         "Krea realtime 14B",
         ("krea",),
-        StreamConfig(window=6, steps=(1000.0, 937.0, 833.0, 625.0), warp=False),
         unsupported="it rebuilds its cache from the clean latents of the window before every chunk",
     ),
     Family(
@@ -104,7 +111,8 @@ def family_of(name: str | None, checkpoint: Path) -> Family:
     Raises ConfigError for an unknown name and for a family that needs more than settings, with the reason.
     """
     if name is None:
-        family = _guess(checkpoint.stem) or _guess(checkpoint.resolve().parent.name) or FAMILIES[DEFAULT]
+        folder = checkpoint.resolve().parent.name
+        family = _guess(checkpoint.stem, folder) or _guess(folder) or _unnamed(checkpoint)
     elif name in FAMILIES:
         family = FAMILIES[name]
     else:
@@ -118,7 +126,24 @@ def family_of(name: str | None, checkpoint: Path) -> Family:
     return family
 
 
-def _guess(name: str) -> Family | None:
-    plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp"))
-    matches = [(len(start), family) for family in _ALL for start in family.files if plain.startswith(start)]
-    return max(matches, key=lambda match: match[0])[1] if matches else None
+def _unnamed(checkpoint: Path) -> Family:
+    caution = f"{checkpoint} names no family; it is taken as {DEFAULT} (--family says otherwise)"
+    return replace(FAMILIES[DEFAULT], caution=caution)
+
+
+def _guess(name: str, folder: str = "") -> Family | None:
+    """The family with the longest beginning that fits; of two that fit the name alike, the one that fits the folder."""
+    fits = [
+        (len(start), len(inside), family)
+        for family in _ALL
+        for inside, _, start in (file.rpartition("/") for file in family.files)
+        if _begins(name, start) and _begins(folder, inside)
+    ]
+    return max(fits, key=lambda fit: fit[:2])[2] if fits else None
+
+
+def _begins(name: str, start: str) -> bool:
+    """Whether a name begins so, separators and case aside; a version at the end of start must be the whole number."""
+    end = r"(?!\d)" if start[-1:].isdigit() else ""
+    pattern = "[^a-z0-9]*".join(("", *start)) + end
+    return re.match(pattern, name.lower().replace("++", "pp")) is not None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sfrt.bundle import TaehvPart, WanVaePart
 from sfrt.bundle.manifest import TOKENIZER
@@ -17,8 +17,11 @@ from sfrt.decoders.wan_vae import WanVae
 from sfrt.errors import CheckpointError, ConfigError
 from sfrt.text import Tokenizer, Umt5Encoder
 from sfrt_export import spellings
-from sfrt_export.checkpoint import Checkpoint, check_tensors, count_layers, named_tensors, shapes_of
-from sfrt_export.reading import read_source
+from sfrt_export.checkpoint import Checkpoint, check_tensors, layers_of, named_tensors, shapes_of
+from sfrt_export.reading import Source, read_source
+
+UMT5_LAYERS = {4096: 24}
+"""Depth of the published encoder that Wan reads, UMT5-XXL, by its dim."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class TextCheckpoint(Checkpoint):
 
 def load_wan_vae(path: Path) -> DecoderCheckpoint:
     """`Wan2.1_VAE.pth` or a diffusers folder. Raises CheckpointError."""
-    checkpoint = _load(path, "vae", spellings.WAN_VAE, lambda names: "quant_conv.weight" in names)
+    checkpoint = _load(read_source(path, "vae"), spellings.WAN_VAE, lambda name: name == "quant_conv.weight")
     names = ("decoder.head.2.weight", "conv2.weight")
     head, latents = shapes_of(path, "a Wan 2.1 VAE", checkpoint.tensors, names, (5, 5))
     try:
@@ -51,7 +54,7 @@ def load_wan_vae(path: Path) -> DecoderCheckpoint:
 
 def load_taehv(path: Path) -> DecoderCheckpoint:
     """`taew2_1.pth` or `.safetensors`. Raises CheckpointError."""
-    checkpoint = _load(path, "vae", {}, lambda names: False)
+    checkpoint = _load(read_source(path, "vae"), {}, lambda name: False)
     names = ("encoder.0.weight", "decoder.1.weight", "decoder.8.weight", "decoder.14.weight", "decoder.20.weight")
     encoder, *decoder = shapes_of(path, "a TAEHV of Wan 2.1", checkpoint.tensors, names, (4,) * 5)
     first, second, third, fourth = (shape[0] for shape in decoder)
@@ -65,15 +68,18 @@ def load_text_encoder(path: Path, tokenizer: Path, text_len: int) -> TextCheckpo
 
     Raises CheckpointError; BundleError for a tokenizer that cannot be used.
     """
-    checkpoint = _load(path, "text_encoder", spellings.TEXT_ENCODER, lambda names: "shared.weight" in names)
+    source = read_source(path, "text_encoder")
+    checkpoint = _load(source, spellings.TEXT_ENCODER, lambda name: name.startswith(("shared.", "encoder.block.")))
     model = "a UMT5 encoder"
     first = ("attn.q.weight", "ffn.fc1.weight", "pos_embedding.embedding.weight")
     names = ("token_embedding.weight", *(f"blocks.0.{name}" for name in first))
     embedding, query, ffn, position = shapes_of(path, model, checkpoint.tensors, names, (2, 2, 2, 2))
-    layers = count_layers(checkpoint.tensors)
+    vocab_size, dim = embedding
+    said = source.config if "d_model" in source.config else {}  # a DiT's may lie in the same folder
     try:
-        config = Umt5Config(embedding[0], embedding[1], query[0], ffn[0], position[1], layers, position[0])
-    except ConfigError as error:
+        layers = layers_of(said, UMT5_LAYERS.get(dim), checkpoint.tensors)
+        config = Umt5Config(vocab_size, dim, query[0], ffn[0], position[1], layers, position[0])
+    except (ValueError, TypeError) as error:  # a ConfigError, or a config.json with words for numbers
         raise CheckpointError(f"{path} is not {model}: {error}") from None
     _check(checkpoint, f"{model} of {layers} layers", lambda: Umt5Encoder(config))
     file = _tokenizer_file(tokenizer)
@@ -94,17 +100,15 @@ def _tokenizer_file(path: Path) -> Path:
     return path
 
 
-def _load(
-    path: Path, subfolder: str, table: Mapping[str, str], is_translated: Callable[[Mapping[str, Tensor]], bool]
-) -> Checkpoint:
-    source = read_source(path, subfolder)
+def _load(source: Source, table: Mapping[str, str], is_theirs: Callable[[str], bool]) -> Checkpoint:
+    """Plainly named tensors; by the table where one of the names is_theirs, which is to say not the published one."""
     data = source.data
     while isinstance(inner := data.get("state_dict", data.get("model")), Mapping):
         data = inner
     tensors = named_tensors(source, data)
-    if is_translated(tensors):
-        tensors = spellings.published_names(tensors, table)
-    return Checkpoint(path, source.files, tensors)
+    if any(map(is_theirs, tensors)):
+        tensors = spellings.published_names(source.path, tensors, table)
+    return Checkpoint(source.path, source.files, tensors)
 
 
 def _check(checkpoint: Checkpoint, model: str, build: Callable[[], nn.Module]) -> None:

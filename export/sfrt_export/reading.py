@@ -16,13 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sfrt.errors import CheckpointError
+from sfrt.weights import few
 
 _WEIGHTS = ("*.safetensors", "*.pt", "*.pth", "*.bin")
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a checkpoint holds, as found: `data` may still be nested. config is the folder's config.json, if any."""
+    """What a checkpoint holds, as found: `data` may still be nested. config is the config.json beside it, if any."""
 
     path: Path
     files: tuple[Path, ...]
@@ -37,7 +38,7 @@ def read_source(path: Path, subfolder: str) -> Source:
     a pickle that wants to run code.
     """
     if path.is_file():
-        return Source(path, (path,), _read_file(path))
+        return Source(path, (path,), _read_file(path), _config_of(path.parent))
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist; give the path of a checkpoint file or of a model folder")
     folder = path / subfolder if (path / subfolder).is_dir() else path
@@ -50,12 +51,22 @@ def read_source(path: Path, subfolder: str) -> Source:
                     f"{folder} holds {name} in more than one file; give the path of one checkpoint file"
                 )
             data[name] = value
-    return Source(path, files, data, _read_json(folder / "config.json") if (folder / "config.json").is_file() else {})
+    return Source(path, files, data, _config_of(folder))
+
+
+def _config_of(folder: Path) -> Mapping[str, Any]:
+    path = folder / "config.json"
+    return _read_json(path) if path.is_file() else {}
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
     """The files that an index lists, else all of the first kind found."""
     indexes = sorted(folder.glob("*.index.json"))
+    if len(indexes) > 1:
+        raise CheckpointError(
+            f"{folder} has an index for each of several variants ({few(index.name for index in indexes)}); "
+            "keep the one you mean in the folder"
+        )
     if indexes:
         listed = _read_json(indexes[0]).get("weight_map")
         if not isinstance(listed, dict) or not listed:

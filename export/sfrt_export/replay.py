@@ -64,17 +64,21 @@ def replay_rollout(
         name: tensor.make().to(device, dtype) for name, tensor in module_tensors(model, checkpoint.tensors).items()
     }
     running = load_backend(backend, model, weights, device, dtype)
+    batch = tensors["noise"].shape[0]
+    embeds, wanted = tensors["prompt_embeds"], [batch, model.text_len, model.text_dim]
+    if list(embeds.shape) != wanted:
+        raise CheckpointError(f"{case}: prompt_embeds is {list(embeds.shape)}, not {wanted}; the case is inconsistent")
     initial = tensors.get("initial_latent")
     first = 0 if initial is None else initial.shape[1]
     ring = ring_for(stream, first + settings["num_output_frames"])
     grid = Grid.of(model, stream)
-    for row in range(tensors["noise"].shape[0]):
+    for row in range(batch):
         rollout = RecordingRollout(running.rollout(grid, ring, timesteps_of(stream)))
         noise = _golden_noise(settings, tensors, model, row, first, device)
         stage = Stage(model, stream, grid, device, rollout, ring, noise, decoder=None)
         start = None if initial is None else initial[row].to(device)
         limit = len({call["start_frame"] for call in settings["calls"] if call["start_frame"] >= first})
-        with Session(stage, tensors["prompt_embeds"][row], initial=start, limit=limit) as session:
+        with Session(stage, embeds[row], initial=start, limit=limit) as session:
             chunks = [chunk.latents for chunk in session]
             session.refresh()
         latents = torch.cat(chunks if start is None else [start, *chunks])
@@ -105,12 +109,19 @@ def _golden_noise(
     settings: dict[str, Any], tensors: dict[str, Tensor], model: ModelConfig, row: int, first: int, device: torch.device
 ) -> NoiseSource:
     """The noise each chunk starts from by frame, and what is mixed in between its steps in the order it was drawn."""
-    drawn = iter(sorted(name for name in tensors if name.startswith("renoise.")))
+    names = sorted(name for name in tensors if name.startswith("renoise."))
+    drawn = iter(names)
     batch = tensors["noise"].shape[0]
+
+    def draw() -> Tensor:
+        name = next(drawn, None)
+        if name is None:
+            raise CheckpointError(f"the case has {len(names)} tensors renoise.… and needs more; copy the folder again")
+        return tensors[name]
 
     def normals(frames: range, steps: int) -> Tensor:
         start = tensors["noise"][row, frames.start - first : frames.stop - first]
-        mixed = [tensors[next(drawn)].unflatten(0, (batch, -1))[row] for _ in range(steps - 1)]
+        mixed = [draw().unflatten(0, (batch, -1))[row] for _ in range(steps - 1)]
         return torch.stack([tokens_from_latents(noise, model) for noise in (start, *mixed)]).to(device)
 
     return normals

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
+import torch
 from torch import Tensor
+
+from sfrt.errors import CheckpointError
 
 TRANSFORMER = {
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
@@ -93,9 +97,23 @@ def _vae_table() -> dict[str, str]:
 WAN_VAE = _vae_table()
 
 
-def published_names(tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
-    """The same tensors under published names. Two names for one parameter (tied embeddings) become one entry."""
-    return {_published(name, table): tensor for name, tensor in tensors.items()}
+def published_names(path: Path, tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
+    """The same tensors under published names. Two names for one parameter (tied embeddings) become one entry.
+
+    Raises CheckpointError, naming the file at `path`, where two different tensors would get the same name.
+    """
+    published: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        new = _published(name, table)
+        if not _same(published.setdefault(new, tensor), tensor):
+            raise CheckpointError(
+                f"{path} holds two different tensors for {new}, one of them {name}; it is not one model"
+            )
+    return published
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
 
 
 def _published(name: str, table: Mapping[str, str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sfrt.config import TaehvConfig, Umt5Config, WanVaeConfig
-from sfrt.decoders import load_decoder
+from sfrt.decoders import exact_convolutions, load_decoder
 from sfrt.decoders.taehv import Taehv
-from sfrt.device import resolve_device, resolve_dtype
-from sfrt.errors import CheckpointError
+from sfrt.device import memory_told, resolve_device, resolve_dtype
+from sfrt.errors import CheckpointError, SfrtError
 from sfrt.text import Umt5Encoder
 from sfrt.timesteps import sigma_table, warp
 from sfrt.weights import assign
@@ -56,14 +57,14 @@ class Machine:
     dtype: torch.dtype
 
 
-Pairs = Iterator[tuple[str, Tensor, Tensor]]
+Pair = tuple[str, Tensor, Tensor]
 """(name, what this machine makes, what it should be)"""
 
 
 def verify(
     folder: str | Path, *, backend: str = "torch", dtype: str = "float32", device: str = "auto"
 ) -> Iterator[Check]:
-    """Replay every golden case at or below a folder, yielding each comparison as it is made.
+    """Replay every golden case at or below a folder, one after another, yielding its comparisons.
 
     Raises CheckpointError for a folder without golden cases or with a broken one; ConfigError or DeviceError for a
     backend, dtype or device that is not to be had.
@@ -78,36 +79,52 @@ def verify(
             f"{folder} has no golden case; give a folder with case.json and tensors.safetensors below it"
         )
     for file in schedules:
-        yield from _checks(file.relative_to(folder.parent), TOLERANCES[torch.float32], _schedule(_read_json(file)))
+        with _blaming(file):
+            tables = list(_schedule(_read_json(file)))
+        yield from _checks(file.relative_to(folder.parent), TOLERANCES[torch.float32], tables)
     for case in cases:
         yield from _checks(case.relative_to(folder.parent), TOLERANCES[machine.dtype], _replay(case, machine))
 
 
-def _checks(name: Path, tolerance: float, pairs: Pairs) -> Iterator[Check]:
+def _checks(name: Path, tolerance: float, pairs: list[Pair]) -> Iterator[Check]:
+    if not pairs:
+        raise CheckpointError(f"{name} has nothing to compare; copy the golden folder again")
     for tensor, out, reference in pairs:
         if out.shape != reference.shape:
             raise CheckpointError(
                 f"{name}: {tensor} is {list(reference.shape)} there but {list(out.shape)} here; "
                 "the case is inconsistent"
             )
-        reference = reference.double()
-        error = (out.detach().cpu().double() - reference).norm() / reference.norm().clamp_min(1e-12)
-        yield Check(str(name), tensor, float(error), tolerance)
+        yield Check(str(name), tensor, relative_error(out.detach(), reference), tolerance)
 
 
-def _replay(case: Path, machine: Machine) -> Pairs:
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    """‖out - reference‖ / ‖reference‖, in double precision; the two may lie on different devices."""
+    expected = reference.cpu().double()
+    return float((out.cpu().double() - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
+def _replay(case: Path, machine: Machine) -> list[Pair]:
     settings = _read_json(case / "case.json")
+    with _blaming(case), memory_told(f"the case {case}", machine.device), exact_convolutions():
+        return list(_part(settings)(case, settings, load_file(case / "tensors.safetensors"), machine))
+
+
+@contextmanager
+def _blaming(case: Path) -> Iterator[None]:
+    """What goes wrong within, where it is no error of sfrt's own, as CheckpointError: the case is malformed."""
     try:
-        tensors = load_file(case / "tensors.safetensors")
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TensorFloat-32 is no float32
-            yield from _part(settings)(case, settings, tensors, machine)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{case} is no complete golden case: {error} is missing or of another kind") from None
+        yield
+    except SfrtError:
+        raise
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{case} cannot be read ({error}); copy the golden folder again") from None
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{case} cannot be replayed ({reason}); copy the golden folder again") from None
 
 
-def _part(settings: dict[str, Any]) -> Callable[[Path, dict[str, Any], dict[str, Tensor], Machine], Pairs]:
+def _part(settings: dict[str, Any]) -> Callable[[Path, dict[str, Any], dict[str, Tensor], Machine], Iterator[Pair]]:
     """Which part a case is about, told by a setting that only it has."""
     parts = {"model": _rollout, "dim_mult": _wan_vae, "num_buckets": _umt5, "weights_recipe": _taehv}
     for key, part in parts.items():
@@ -116,12 +133,12 @@ def _part(settings: dict[str, Any]) -> Callable[[Path, dict[str, Any], dict[str,
     raise CheckpointError(f"a case.json with the keys {sorted(settings)} is about no part sfrt knows")
 
 
-def _rollout(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], machine: Machine) -> Pairs:
+def _rollout(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], machine: Machine) -> Iterator[Pair]:
     return replay_rollout(case, settings, tensors, machine.backend, machine.device, machine.dtype)
 
 
 @torch.inference_mode()
-def _wan_vae(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], machine: Machine) -> Pairs:
+def _wan_vae(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], machine: Machine) -> Iterator[Pair]:
     config = WanVaeConfig(
         dim=settings["dim"],
         latent_channels=settings["z_dim"],
@@ -147,7 +164,7 @@ def _wan_vae(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], m
 
 
 @torch.inference_mode()
-def _taehv(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], machine: Machine) -> Pairs:
+def _taehv(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], machine: Machine) -> Iterator[Pair]:
     shapes = settings["keys"]
     weights = seeded_weights(shapes, settings["weights_seed"], settings["weights_gain"])
     taehv = load_decoder(_taehv_config(shapes), weights, machine.device, machine.dtype)
@@ -182,7 +199,7 @@ def seeded_weights(shapes: dict[str, list[int]], seed: int, gain: float) -> dict
 
 
 @torch.inference_mode()
-def _umt5(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], machine: Machine) -> Pairs:
+def _umt5(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], machine: Machine) -> Iterator[Pair]:
     names = ("dim", "dim_attn", "dim_ffn", "num_heads", "num_layers", "num_buckets")
     config = Umt5Config(vocab_size=settings["vocab"], **{name: settings[name] for name in names})
     with torch.device("meta"):
@@ -193,7 +210,7 @@ def _umt5(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], mach
     yield "prompt_embeds", encoder(ids, mask), tensors["prompt_embeds"]
 
 
-def _schedule(tables: dict[str, Any]) -> Pairs:
+def _schedule(tables: dict[str, Any]) -> Iterator[Pair]:
     for shift, table in tables.items():
         sigmas = torch.tensor(sigma_table(float(shift))[::50])
         yield f"shift {shift}: sigmas", sigmas, torch.tensor(table["sigmas_every_50"])
@@ -205,7 +222,7 @@ def _schedule(tables: dict[str, Any]) -> Pairs:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON ({error}); copy the golden folder again") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} is no JSON object; copy the golden folder again")

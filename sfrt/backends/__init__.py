@@ -34,8 +34,17 @@ class Grid:
 
     @classmethod
     def of(cls, model: ModelConfig, stream: StreamConfig) -> Grid:
-        """The grid of a stream's frames: 8 pixels to a latent, patch_size latents to a token."""
-        return cls(stream.height // 8 // model.patch_size[1], stream.width // 8 // model.patch_size[2])
+        """The grid of a stream's frames: 8 pixels to a latent, patch_size latents to a token.
+
+        Raises ConfigError where the frames are no whole number of patches.
+        """
+        _, rows, columns = model.patch_size
+        if stream.height % (8 * rows) or stream.width % (8 * columns):
+            raise ConfigError(
+                f"{stream.width}×{stream.height} is no whole number of this model's patches; "
+                f"choose multiples of {8 * columns} and {8 * rows}"
+            )
+        return cls(stream.height // (8 * rows), stream.width // (8 * columns))
 
 
 class Rollout(Protocol):
@@ -66,9 +75,17 @@ class Backend(Protocol):
 def load_backend(
     name: str, config: ModelConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> Backend:
-    """The named backend over a bundle's transformer tensors. Raises ConfigError for an unknown name."""
-    if name == "torch":
-        from sfrt.backends.torch import TorchBackend
+    """The named backend over a bundle's transformer tensors, which it takes over: the mapping may be emptied.
 
-        return TorchBackend(config, weights, device, dtype)
-    raise ConfigError(f"no backend is called {name!r}; choose one of: {', '.join(BACKENDS)}")
+    Raises ConfigError for an unknown name.
+    """
+    require_backend(name)
+    from sfrt.backends.torch import TorchBackend
+
+    return TorchBackend(config, weights, device, dtype)
+
+
+def require_backend(name: str) -> None:
+    """Raise ConfigError unless there is a backend of this name."""
+    if name not in BACKENDS:
+        raise ConfigError(f"no backend is called {name!r}; choose one of: {', '.join(BACKENDS)}")

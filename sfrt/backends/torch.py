@@ -22,13 +22,15 @@ class TorchBackend:
     def __init__(
         self, config: ModelConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
     ) -> None:
-        """weights are a bundle's transformer tensors; they are used as they are where device and dtype already fit."""
+        """Take over a bundle's transformer tensors, as they are where device and dtype fit; the mapping is emptied."""
         self.config = config
         self.device = device
         self.dtype = dtype
+        self._modulations: dict[float, Modulation] = {}
         with torch.device("meta"):
             self.model = Transformer(config)
         assign(self.model, weights, "the transformer")
+        weights.clear()  # the module alone holds them now, so that packing lets them go layer by layer
         self.model.requires_grad_(False).to(device=device, dtype=dtype)
         if device.type == "cpu":
             for part in (self.model.patch_embedding, self.model.text_embedding, self.model.blocks, self.model.head):
@@ -41,8 +43,11 @@ class TorchBackend:
         return TorchRollout(self, grid, cache, {timestep: self._modulation(timestep) for timestep in timesteps})
 
     def _modulation(self, timestep: float) -> Modulation:
-        table = self.model.modulation(torch.tensor(timestep, device=self.device))
-        return Modulation(table.blocks.to(self.dtype), table.head.to(self.dtype))
+        """The tables of a timestep, made once for all streams of this backend."""
+        if timestep not in self._modulations:
+            table = self.model.modulation(torch.tensor(timestep, device=self.device))
+            self._modulations[timestep] = Modulation(table.blocks.to(self.dtype), table.head.to(self.dtype))
+        return self._modulations[timestep]
 
 
 class TorchRollout:

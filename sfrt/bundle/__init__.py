@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Literal
 
 from sfrt.bundle.manifest import (
@@ -57,16 +58,14 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    _verified: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> Bundle:
         """Read the manifest and check that the files are those it names.
 
-        Sizes are always checked. verify also hashes every file, one thread each (hashing releases the interpreter): a
-        1.3B model's 2.8 GB take about two seconds, once, and the pages read are those that `load` then maps, so much
-        of that time is reading that would come anyway. A flipped bit is thus found before anything runs, not as a
-        strange picture. Pass False where only the manifest matters or the files were checked a moment ago.
-        Raises BundleError, naming the file.
+        Sizes are always checked; verify also hashes every file. Pass False where only the manifest matters, or where
+        `load` verifies the parts that are used. Raises BundleError, naming the file.
         """
         path = Path(path)
         manifest = read_manifest(path / MANIFEST)
@@ -74,27 +73,44 @@ class Bundle:
         for name, info in manifest.files.items():
             bundle._check_size(name, info)
         if verify:
-            with ThreadPoolExecutor() as pool:
-                hashes = dict(zip(manifest.files, pool.map(bundle._hash, manifest.files), strict=True))
-            for name, info in manifest.files.items():
-                if hashes[name] != info.sha256:
-                    raise BundleError(
-                        f"{path / name} is damaged: its sha256 is {hashes[name][:12]}…, the manifest says "
-                        f"{info.sha256[:12]}…; copy or export the bundle again"
-                    )
+            bundle.verify(*manifest.files)
         return bundle
 
+    def verify(self, *names: str) -> None:
+        """Hash these of its files, one thread each, and each file once: what was right before is not read again.
+
+        A flipped bit is thus found before anything runs, not as a strange picture. A 1.3B model's 2.8 GB take about two
+        seconds, and the pages read are those that `load` then maps, so much of that is reading that would come anyway.
+        Raises BundleError for a file that the bundle lacks, or that is not what the manifest says.
+        """
+        wanted = [name for name in dict.fromkeys(names) if name not in self._verified]
+        for name, found in zip(wanted, _hash_files([self._file(name) for name in wanted]), strict=True):
+            expected = self.manifest.files[name].sha256
+            if found != expected:
+                raise BundleError(
+                    f"{self.path / name} is damaged: its sha256 is {found[:12]}…, the manifest says "
+                    f"{expected[:12]}…; copy or export the bundle again"
+                )
+            self._verified.add(name)
+
     def load(
-        self, part: Part, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        self,
+        part: Part,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        verify: bool = False,
     ) -> dict[str, Tensor]:
-        """One part's tensors by parameter name; dtype None leaves them as stored.
+        """One part's tensors by parameter name; dtype None leaves them as stored. verify hashes their file before.
 
         On the CPU they are mapped from the file and take no memory until touched, unless dtype makes copies.
-        Raises BundleError when the bundle lacks the part or its file is no safetensors file.
+        Raises BundleError when the bundle lacks the part, or its file is damaged or no safetensors file.
         """
         from safetensors import SafetensorError, safe_open
 
         path = self._file(f"{part}.safetensors")
+        if verify:
+            self.verify(path.name)
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 return {name: file.get_tensor(name).to(dtype=dtype) for name in file.keys()}  # noqa: SIM118
@@ -121,9 +137,6 @@ class Bundle:
             raise BundleError(
                 f"{file} has {size} bytes but the manifest says {info.bytes}; copy or export the bundle again"
             )
-
-    def _hash(self, name: str) -> str:
-        return hash_file(self.path / name)
 
 
 def resolve_model(name_or_path: str | Path | None = None) -> Path:
@@ -155,3 +168,20 @@ def hash_file(path: Path, progress: Callable[[int], object] = lambda count: None
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
     return digest.hexdigest()
+
+
+def _hash_files(paths: list[Path]) -> list[str]:
+    """SHA-256 of several files at a time: hashing releases the interpreter. Ctrl-C ends it within a block of each."""
+    if not paths:
+        return []
+    stopped = Event()
+
+    def go_on(count: int) -> None:
+        if stopped.is_set():
+            raise CancelledError
+
+    with ThreadPoolExecutor(len(paths)) as pool:
+        try:
+            return list(pool.map(lambda path: hash_file(path, go_on), paths))
+        finally:
+            stopped.set()

@@ -62,8 +62,10 @@ class WanVaePart:
 class Manifest:
     """What a bundle is and holds; manifest.json is this, key by key.
 
-    decoder and text_encoder are None where the bundle has none. dtype is that of the transformer's weights as stored,
-    or of most of them. source describes the files that the bundle was made from, files those it consists of, by name.
+    decoder and text_encoder are None where the bundle has none. weights says which of a training's weights the
+    transformer holds: the name they had in the checkpoint, such as generator_ema, or flat where they had none. dtype is
+    that of these weights as stored, or of most of them. source describes the files that the bundle was made from, files
+    those it consists of, by name.
     Raises ConfigError when the parts do not fit each other.
     """
 
@@ -71,6 +73,7 @@ class Manifest:
     family: str
     model: ModelConfig
     stream: StreamConfig
+    weights: str
     dtype: DTypeName
     created_by: str
     decoder: TaehvPart | WanVaePart | None = None

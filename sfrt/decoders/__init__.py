@@ -5,6 +5,8 @@ A decoder carries state, so that decoding chunk by chunk gives the very frames o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,19 +29,28 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class LoadedDecoder:
-    """An autoencoder on its device, in the dtype it runs in; takes and gives any device's and dtype's tensors."""
+    """An autoencoder on its device, in the dtype it runs in; takes tensors of any device and float dtype."""
 
     module: Decoder
     device: torch.device
     dtype: torch.dtype
 
     def decode(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """As Decoder.decode; pixels come in the dtype it runs in."""
-        return self.module.decode(latents.to(self.device, self.dtype), state)
+        """As Decoder.decode."""
+        with exact_convolutions():
+            return self.module.decode(latents.to(self.device), state)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """As Decoder.encode; latents come in float32."""
-        return self.module.encode(pixels.to(self.device, self.dtype)).float()
+        with exact_convolutions():
+            return self.module.encode(pixels.to(self.device)).float()
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Float32 convolutions in float32: with cuDNN's TensorFloat-32 the same seed would not be the same video."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False):
+        yield
 
 
 def decoder_dtype(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -67,7 +78,13 @@ def load_decoder(
 
             module = WanVae(config)
     dtype = decoder_dtype(config, device, dtype)
-    moved = {name: weight.to(device, dtype) for name, weight in weights.items()}
+    moved = {name: _channels_last(weight.to(device, dtype)) for name, weight in weights.items()}
     assign(module, moved, "the decoder")
     # Buffers follow in their own dtype: the statistics of latents are not weights to be rounded.
     return LoadedDecoder(module.requires_grad_(False).eval().to(device), device, dtype)
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    """Convolution weights in the layout of the activations, so that no call has to turn them."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return weight.contiguous(memory_format=formats[weight.ndim]) if weight.ndim in formats else weight

@@ -20,6 +20,8 @@ SPACE = 8
 """Pixels along one side of a latent cell."""
 TIME = 4
 """Pixel frames in a latent frame; the first latent frame of a video shows one."""
+ENCODED_TOGETHER = 4 * TIME
+"""Pixel frames encoded at once: bounds the memory of a long clip and changes nothing in the result."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class TGrow(nn.Module):
         # Unfolded in the order the convolution left in memory (channels last), so that no later layer turns it back.
         count, _, height, columns = grown.shape
         cells = grown.permute(0, 2, 3, 1).unflatten(3, (self.stride, -1)).permute(0, 3, 1, 2, 4)
-        return cells.reshape(count * self.stride, height, columns, -1).permute(0, 3, 1, 2)
+        unfolded: Tensor = cells.reshape(count * self.stride, height, columns, -1).permute(0, 3, 1, 2)
+        return unfolded
 
 
 def _encoder(config: TaehvConfig) -> nn.Sequential:
@@ -110,7 +113,7 @@ def _decoder(config: TaehvConfig) -> nn.Sequential:
 def _run(stages: nn.Sequential, video: Tensor, memory: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """All frames [B, T, C, h, w] through all stages; `memory` holds a frame for each `MemBlock` (None: blank ones)."""
     batch = video.shape[0]
-    frames = video.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    frames = video.flatten(0, 1).to(next(stages.parameters()).dtype).contiguous(memory_format=torch.channels_last)
     carried = iter(memory) if memory is not None else None
     remembered: list[Tensor] = []
     for stage in _cheapest_order(stages):
@@ -170,4 +173,8 @@ class Taehv(nn.Module):
 
     def encode_groups(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 4·T, 3, H, W] -> latents [B, T, C, H/8, W/8]: the plain encoder, four frames to a latent frame."""
-        return _run(self.encoder, pixels, None)[0]
+        latents, memory = [], None
+        for span in pixels.split(ENCODED_TOGETHER, dim=1):
+            part, memory = _run(self.encoder, span, memory)
+            latents.append(part)
+        return torch.cat(latents, dim=1)

@@ -83,8 +83,8 @@ class WanVae(nn.Module):
         latents [B, 1 + k, C, H/8, W/8] float32. Raises ConfigError for a clip of another length or size.
         """
         self._check_clip(pixels)
-        x = pixels.transpose(1, 2).to(self.conv1.weight.dtype).mul(2).sub_(1)
-        x = x.contiguous(memory_format=torch.channels_last_3d)
+        x = pixels.transpose(1, 2).float().mul(2).sub_(1)
+        x = x.to(self.conv1.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
         parts, state = [], None
         for start, stop in self._encode_spans(frames=x.shape[2]):
             part, state = self.encoder(x[:, :, start:stop], state)

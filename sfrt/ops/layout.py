@@ -24,4 +24,4 @@ def latents_from_tokens(tokens: Tensor, config: ModelConfig, rows: int, columns:
 
 def frames_from_pixels(pixels: Tensor) -> Tensor:
     """uint8 [F, H, W, 3] from float [F, 3, H, W] in [0, 1], rounded."""
-    return pixels.float().clamp(0.0, 1.0).mul(255.0).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return pixels.float().mul(255.0).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

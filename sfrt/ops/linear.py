@@ -34,8 +34,8 @@ class Linear(nn.Linear):
 def pack_for_cpu(module: nn.Module, rows: int) -> None:
     """Reorder the weights of every Linear below `module` into oneDNN's blocked layout, for about `rows` rows.
 
-    Inference on a CPU only. The plain weights are let go, one layer at a time, so the peak is one layer more. Weights in
-    a dtype that oneDNN cannot multiply on this CPU stay as they are.
+    Inference on a CPU only. The plain weights are let go one layer at a time, so where nobody else holds them the peak
+    is one layer more. Weights in a dtype that oneDNN cannot multiply on this CPU stay as they are.
     """
     for layer in module.modules():
         if isinstance(layer, Linear) and _can_pack(layer.weight.dtype):

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from sfrt.video.reading import read_frames
-from sfrt.video.writing import Frames, VideoSink, check_target, open_sink
+from sfrt.video.writing import Frames, VideoWriter, check_target, open_writer
 
-__all__ = ["Frames", "VideoSink", "check_target", "open_sink", "read_frames"]
+__all__ = ["Frames", "VideoWriter", "check_target", "open_writer", "read_frames"]

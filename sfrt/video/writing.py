@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sfrt.errors import MediaError
 from sfrt.video.libraries import pull, pyav
+from sfrt.video.reasons import cannot_write
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -31,7 +32,7 @@ Frames = Tensor | NDArray[np.uint8]
 STDOUT = "-"
 
 
-class VideoSink(ABC):
+class VideoWriter(ABC):
     """Takes the frames of one video. As a context manager it closes itself, also after Ctrl-C."""
 
     def __init__(self, target: str, width: int, height: int) -> None:
@@ -54,7 +55,8 @@ class VideoSink(ABC):
                 f"cannot write {array.dtype} frames of shape {tuple(array.shape)} to {self.target}; "
                 f"it takes uint8 [F, {height}, {width}, 3]"
             )
-        self._append(np.ascontiguousarray(array))
+        if len(array):
+            self._append(np.ascontiguousarray(array))
         return True
 
     def close(self) -> None:
@@ -63,7 +65,7 @@ class VideoSink(ABC):
             self._closed = True
             self._finish()
 
-    def __enter__(self) -> VideoSink:
+    def __enter__(self) -> VideoWriter:
         return self
 
     def __exit__(
@@ -81,29 +83,63 @@ class VideoSink(ABC):
 
     @abstractmethod
     def _finish(self) -> None:
-        """Complete the video, or remove what an empty one left behind."""
+        """Complete the video; one without a frame leaves nothing behind."""
 
 
-def open_sink(target: str, *, width: int, height: int, fps: int) -> VideoSink:
-    """Open a sink for frames of one size; the ending of the target chooses its kind.
+def open_writer(target: str, *, width: int, height: int, fps: int) -> VideoWriter:
+    """A writer for frames of one size; the ending of the target chooses its kind.
 
     .mp4 is H.264; .gif loops forever; a name without an ending, or with a slash behind it, is a folder for pictures
     000000.png, 000001.png …; "-" is raw video (YUV4MPEG2, 4:2:0) on standard output. Files are replaced, but a folder
-    must be new or empty. Raises MediaError when the ending is unknown or the target cannot be written.
+    must be new or empty. Nothing is touched before the first frame. Raises MediaError where the target cannot be.
     """
+    check_target(target)
     return _kind_of(target)(target, width, height, fps)
 
 
 def check_target(target: str) -> None:
-    """Raise MediaError where the ending of the target names no kind of video, before any work is done for it."""
-    _kind_of(target)
+    """Raise MediaError where no video can be written to this target, before any work is done for it."""
+    kind, path = _kind_of(target), Path(target)
+    try:
+        if kind is _PipeWriter:
+            _check_pipe()
+        elif kind is _PngWriter:
+            _check_folder(path)
+        else:
+            _check_file(path)
+    except OSError as error:
+        raise cannot_write(target, error) from error
 
 
-def _kind_of(target: str) -> Callable[[str, int, int, int], VideoSink]:
+def _check_pipe() -> None:
+    if os.isatty(1):
+        raise MediaError("cannot write raw video to a terminal; name a file, or pipe it: sfrt generate … -o - | mpv -")
+
+
+def _check_folder(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        if any(path.iterdir()):
+            raise MediaError(f"cannot write pictures to {path}: the folder is not empty; name a new one or clear it")
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "")
+
+
+_Kind = Callable[[str, int, int, int], VideoWriter]
+"""Makes a writer from a target, a width, a height and a rate."""
+
+
+def _kind_of(target: str) -> _Kind:
     if target == STDOUT:
-        return _PipeSink
+        return _PipeWriter
     ending = "" if target.endswith(("/", os.sep)) else Path(target).suffix.lower()
-    kinds: dict[str, Callable[[str, int, int, int], VideoSink]] = {".mp4": _Mp4Sink, ".gif": _GifSink, "": _PngSink}
+    kinds: dict[str, _Kind] = {".mp4": _Mp4Writer, ".gif": _GifWriter, "": _PngWriter}
     if ending not in kinds:
         raise MediaError(
             f"cannot write {target}: unknown ending {ending}; use .mp4, .gif, a folder (no ending) for PNG pictures, "
@@ -112,7 +148,7 @@ def _kind_of(target: str) -> Callable[[str, int, int, int], VideoSink]:
     return kinds[ending]
 
 
-class _ContainerSink(VideoSink):
+class _ContainerWriter(VideoWriter):
     """A video that PyAV encodes and writes while it grows, to a file or to standard output."""
 
     format: ClassVar[str]
@@ -124,7 +160,9 @@ class _ContainerSink(VideoSink):
     def __init__(self, target: str, width: int, height: int, fps: int) -> None:
         super().__init__("standard output" if target == STDOUT else target, width, height)
         av = pyav(self.target)
-        self._file = None if target == STDOUT else target
+        # In full: a name such as 12:30.mp4 would be taken for a protocol.
+        self._file = None if target == STDOUT else os.path.abspath(target)
+        self._started = False
         self._header = b""
         self._whole_bytes = 0
         self._time_base = Fraction(1, fps)
@@ -139,15 +177,13 @@ class _ContainerSink(VideoSink):
             ) from error
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, self.pixel_format
         self._prepare(width, height, fps)
-        self._claim_file()
-        with self._salvaging():
-            self._container.start_encoding()  # writes the header: a bad target fails here, not after the first chunk
-            self._header = b"" if self._file is None else Path(self._file).read_bytes()
 
     def _append(self, frames: NDArray[np.uint8]) -> None:
         import av
 
         with self._salvaging():
+            if not self._started:
+                self._start()
             for array in frames:
                 frame = av.VideoFrame.from_ndarray(array, format="rgb24")
                 frame.pts, frame.time_base = self._count, self._time_base
@@ -165,6 +201,14 @@ class _ContainerSink(VideoSink):
             self._container.mux(self._stream.encode(None))
             self._container.close()
 
+    def _start(self) -> None:
+        """Make the file ours and write its header. Until then a file of that name stays what it is."""
+        if self._file is not None:
+            open(self._file, "wb").close()
+        self._started = True
+        self._container.start_encoding()
+        self._header = b"" if self._file is None else Path(self._file).read_bytes()
+
     def _encode(self, frame: VideoFrame | None) -> None:
         """Convert, encode and mux one frame."""
         for converted in self._convert(frame):
@@ -180,7 +224,7 @@ class _ContainerSink(VideoSink):
         except (OSError, av.FFmpegError) as error:
             self._closed = True
             self._abandon()
-            raise _cannot_write(self.target, error) from error
+            raise cannot_write(self.target, error) from error
 
     def _abandon(self) -> None:
         """Close what is open; cut the file back to what was whole, and remove it if that shows nothing."""
@@ -188,7 +232,7 @@ class _ContainerSink(VideoSink):
 
         with suppress(OSError, av.FFmpegError):
             self._container.close()
-        if self._file is None:
+        if self._file is None or not self._started:
             return
         with suppress(OSError):
             with open(self._file, "r+b") as file:
@@ -196,15 +240,6 @@ class _ContainerSink(VideoSink):
                 file.truncate(self._whole_bytes)
             if not _shows_a_frame(self._file):
                 os.unlink(self._file)
-
-    def _claim_file(self) -> None:
-        """Make the file ours, or leave what is there untouched and say why."""
-        if self._file is None:
-            return
-        try:
-            open(self._file, "wb").close()
-        except OSError as error:
-            raise _cannot_write(self._file, error) from error
 
     def _prepare(self, width: int, height: int, fps: int) -> None:
         """Finish the set-up of the stream before its header is written."""
@@ -214,7 +249,7 @@ class _ContainerSink(VideoSink):
         return () if frame is None else (frame.reformat(format=self.pixel_format),)
 
 
-class _Mp4Sink(_ContainerSink):
+class _Mp4Writer(_ContainerWriter):
     """H.264 in an MP4 that plays at any moment of its life.
 
     It is written as fragments of about a second, each complete in itself: after a crash, a kill or a full disk all but
@@ -243,7 +278,7 @@ class _Mp4Sink(_ContainerSink):
         return (frame.reformat(format=self.pixel_format, dst_colorspace="ITU709"),)
 
 
-class _GifSink(_ContainerSink):
+class _GifWriter(_ContainerWriter):
     """An endless GIF, every frame in the 256 colours that suit it best."""
 
     format = "gif"
@@ -276,7 +311,7 @@ class _GifSink(_ContainerSink):
         return pull(self._graph)
 
 
-class _PipeSink(_ContainerSink):
+class _PipeWriter(_ContainerWriter):
     """Raw video on standard output, for a player or another encoder. A reader that leaves is no error."""
 
     format = "yuv4mpegpipe"
@@ -284,9 +319,8 @@ class _PipeSink(_ContainerSink):
     pixel_format = "yuv420p"
 
     def __init__(self, target: str, width: int, height: int, fps: int) -> None:
+        super().__init__(target, width, height, fps)
         self._reader_left = False
-        with self._allowing_the_reader_to_leave():
-            super().__init__(target, width, height, fps)
 
     def write(self, frames: Frames) -> bool:
         if not self._reader_left:
@@ -308,37 +342,36 @@ class _PipeSink(_ContainerSink):
             self._reader_left = True
 
 
-class _PngSink(VideoSink):
+class _PngWriter(VideoWriter):
     """A folder of numbered pictures, to which the rate means nothing."""
 
     def __init__(self, target: str, width: int, height: int, fps: int) -> None:
         super().__init__(target, width, height)
         self._folder = Path(target)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            taken = any(self._folder.iterdir())
-        except OSError as error:
-            raise _cannot_write(target, error) from error
-        if taken:
-            raise MediaError(f"cannot write pictures to {target}: the folder is not empty; name a new one or clear it")
 
     def _append(self, frames: NDArray[np.uint8]) -> None:
-        from PIL import Image
-
         for array in frames:
             path = self._folder / f"{self._count:06d}.png"
             try:
-                Image.fromarray(array).save(path, compress_level=1)  # the default level cannot keep up with a stream
+                self._folder.mkdir(parents=True, exist_ok=True)
+                _save_png(path, array)
             except OSError as error:
                 self._closed = True
-                path.unlink(missing_ok=True)
-                raise _cannot_write(str(path), error) from error
+                raise cannot_write(str(path), error) from error
             self._count += 1
 
     def _finish(self) -> None:
-        if self._count == 0:
-            with suppress(OSError):
-                self._folder.rmdir()
+        """Each picture is complete as it is."""
+
+
+def _save_png(path: Path, array: NDArray[np.uint8]) -> None:
+    from PIL import Image
+
+    try:
+        Image.fromarray(array).save(path, compress_level=1)  # the default level cannot keep up with a stream
+    except BaseException:  # Ctrl-C too: half a picture is none
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _shows_a_frame(path: str) -> bool:
@@ -349,19 +382,3 @@ def _shows_a_frame(path: str) -> bool:
             return any(True for _ in container.decode(video=0))
     except (OSError, av.FFmpegError, IndexError):
         return False
-
-
-def _cannot_write(target: str, error: Exception) -> MediaError:
-    number = getattr(error, "errno", None)
-    reason = _REASONS.get(number or 0) or getattr(error, "strerror", None) or str(error)
-    return MediaError(f"cannot write {target}: {reason}")
-
-
-_REASONS = {
-    errno.ENOSPC: "the disk is full; free some space or write elsewhere",
-    errno.EFBIG: "the file has reached the largest size allowed here; write a shorter video or elsewhere",
-    errno.ENOENT: "its folder does not exist; create that first",
-    errno.EEXIST: "a file of that name is in the way; choose another name",
-    errno.EISDIR: "that is a folder; choose another name",
-    errno.EACCES: "writing there is not permitted; choose another place",
-}

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from sfrt_train import autoencoder, evaluate, export, flow
+from sfrt_train import autoencoder, evaluate, export, flow, reading
 from sfrt_train.settings import Settings
 
 
 def main() -> None:
+    """Parse the command line and run the verb."""
     parser = argparse.ArgumentParser(prog="sfrt_train", description=__doc__)
-    parser.add_argument("verb", choices=["autoencoder", "flow", "export", "evaluate", "all"])
+    parser.add_argument("verb", choices=["autoencoder", "reading", "flow", "export", "evaluate", "all"])
     parser.add_argument("--folder", type=Path, default=Path("runs/shapes"), help="checkpoints, logs, the pool of clips")
     parser.add_argument("--output", type=Path, help="bundle to write (export, all) [FOLDER/shapes]")
     parser.add_argument("--model", type=Path, help="bundle to evaluate [the one that comes with sfrt]")
@@ -29,14 +30,18 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> None:
+    """Run one stage, or all of them in order."""
     folder, device, verb = arguments.folder, arguments.device, arguments.verb
     output, model = arguments.output or folder / export.NAME, arguments.model
     if verb in ("autoencoder", "all"):
         autoencoder.train(settings, folder, device)
-        right = autoencoder.check(settings, folder, device)
-        print("reconstructions read right:", ", ".join(f"{part} {100 * share:.0f} %" for part, share in right.items()))
+    if verb in ("reading", "all"):
+        reading.train(settings, folder, device)
     if verb in ("flow", "all"):
         flow.train(settings, folder, device)
+    if verb in ("autoencoder", "all"):
+        right = autoencoder.check(settings, folder, device)
+        print("reconstructions read right:", ", ".join(f"{part} {100 * share:.0f} %" for part, share in right.items()))
     if verb in ("export", "all"):
         model = export.export(settings, folder, output).path
         print(f"wrote {model}")

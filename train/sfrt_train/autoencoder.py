@@ -13,27 +13,29 @@ from sfrt.decoders.taehv import MemBlock, Taehv, TGrow, TPool
 from sfrt_train.data import make_clip, split_scenes
 from sfrt_train.loop import Loop, LoopSettings, Losses, weights_of
 from sfrt_train.reader import read_scene
-from sfrt_train.settings import Settings
+from sfrt_train.settings import AutoencoderSettings, Settings
 
 NAME = "autoencoder"
 
 
 def train(settings: Settings, folder: Path, device: str, until: int | None = None) -> None:
+    """Train to the end, or to step `until`, going on from the checkpoint in `folder`."""
     own = settings.autoencoder
     torch.manual_seed(settings.seed)
     model = initialise(Taehv(settings.taehv)).to(device, memory_format=torch.channels_last)
     scenes, _ = split_scenes(settings.held_out, settings.seed)
+    side = settings.stream.height // 8
 
     def losses_of(step: int) -> Losses:
         rng = np.random.default_rng((settings.seed, 1, step))
         length = own.lengths[step % len(own.lengths)]
         # Chunks of one latent frame: a clip of any length, now and then with a sudden change.
         clips = [
-            make_clip(rng, scenes, length, chunk=1, switch_share=0.15).pixels for _ in range(own.batch_frames // length)
+            make_clip(rng, scenes, length, chunk=1, switch_share=0.15, free=True).pixels
+            for _ in range(own.batch_frames // length)
         ]
-        side = settings.stream.height // 8
         noise = rng.standard_normal((len(clips), length, settings.taehv.latent_channels, side, side), np.float32)
-        return losses(model, torch.stack(clips).to(device), torch.from_numpy(noise).to(device), settings)
+        return losses(model, torch.stack(clips).to(device), torch.from_numpy(noise).to(device), own)
 
     Loop(model, LoopSettings(own.steps, own.learning_rate, own.warmup), folder, NAME).run(losses_of, until)
 
@@ -42,8 +44,8 @@ def train(settings: Settings, folder: Path, device: str, until: int | None = Non
 def initialise(model: Taehv) -> Taehv:
     """Starts as an autoencoder that keeps the mean colour of every cell in three of its channels.
 
-    All other weights keep the size of a signal (there are no norms to restore it), the blocks changing little at first. From
-    plain random weights, the first third of the training went into finding colours.
+    All other weights keep the size of a signal (there are no norms to restore it), and the blocks change little at
+    first. From plain random weights, the first third of the training went into finding colours.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -67,7 +69,7 @@ def initialise(model: Taehv) -> Taehv:
 
 
 def _carry_colour(conv: nn.Conv2d) -> None:
-    """Let channels 0 to 2 of a convolution pass through it unchanged, averaged over what it pools, copied where it grows."""
+    """Let channels 0 to 2 of a convolution pass through it: averaged over what it pools, copied where it grows."""
     width = min(conv.in_channels, conv.out_channels)
     middle = conv.kernel_size[0] // 2
     for colour in range(3):
@@ -81,9 +83,8 @@ def _carry_colour(conv: nn.Conv2d) -> None:
                 conv.weight[out, channel, taps, taps] = 1 / (len(ins) * conv.stride[0] ** 2)
 
 
-def losses(model: Taehv, pixels: Tensor, noise: Tensor, settings: Settings) -> Losses:
+def losses(model: Taehv, pixels: Tensor, noise: Tensor, own: AutoencoderSettings) -> Losses:
     """Pixels [B, F, 3, H, W] through the autoencoder and back; `noise` is shaped like the latents."""
-    own = settings.autoencoder
     with torch.autocast(pixels.device.type, torch.bfloat16):
         latents = model.encode(pixels)
         decoded, _ = model.decode_unclamped(latents + own.latent_noise * noise)
@@ -96,6 +97,7 @@ def losses(model: Taehv, pixels: Tensor, noise: Tensor, settings: Settings) -> L
 
 
 def load(settings: Settings, folder: Path, device: str) -> Taehv:
+    """The autoencoder as trained so far, frozen."""
     model = Taehv(settings.taehv)
     model.load_state_dict(weights_of(folder, NAME))
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The pool of clips that the flow model is trained on, encoded once: latents in token layout and the prompts' tokens."""
+"""The pool of clips the flow model is trained on, encoded once: latents in token layout and the prompts' tokens."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ _AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Clips:
-    """N clips of G chunks of L tokens: latents [N, G, L, P], the two prompts' ids [N, 2, S] (0 = padding) and which of the
-    two each chunk follows, [N, G]."""
+    """N clips of G chunks of L tokens.
+
+    Latents [N, G, L, P], the ids of both prompts [N, 2, S] (0: padding), and which of the two a chunk follows [N, G].
+    """
 
     tokens: Tensor
     ids: Tensor
@@ -36,8 +38,10 @@ class Clips:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def pick(self, index: Tensor, device: str) -> Clips:
-        return Clips(self.tokens[index].float().to(device), self.ids[index].to(device), self.prompt[index].to(device))
+    def pick(self, index: Tensor, length: int, device: str) -> Clips:
+        """The first `length` chunks of some clips, in float32."""
+        tokens, prompt = self.tokens[index, :length].float(), self.prompt[index, :length]
+        return Clips(tokens.to(device), self.ids[index].to(device), prompt.to(device))
 
 
 def make_clips(settings: Settings, folder: Path, device: str) -> Clips:
@@ -52,12 +56,16 @@ def make_clips(settings: Settings, folder: Path, device: str) -> Clips:
     for start in tqdm(range(0, own.clips, _AT_ONCE), desc="clips", unit=f"{_AT_ONCE} clips", mininterval=5):
         made = [
             make_clip(
-                np.random.default_rng((settings.seed, 4, i)), scenes, own.chunks, settings.stream.chunk, own.switch_share
+                np.random.default_rng((settings.seed, 4, i)),
+                scenes,
+                own.chunks,
+                settings.stream.chunk,
+                own.switch_share,
             )
             for i in range(start, min(start + _AT_ONCE, own.clips))
         ]
         parts.append(encode(made, model, tokenizer, settings, device))
-    clips = Clips(*(torch.cat(part) for part in zip(*((p.tokens, p.ids, p.prompt) for p in parts))))
+    clips = Clips(*(torch.cat(part) for part in zip(*((p.tokens, p.ids, p.prompt) for p in parts), strict=True)))
     save(path, {"tokens": clips.tokens, "ids": clips.ids, "prompt": clips.prompt})
     return clips
 

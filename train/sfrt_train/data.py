@@ -16,6 +16,15 @@ from torch import Tensor
 
 SIZE = 64
 """Pixels along one side of the picture."""
+CELL = 8
+"""Pixels along one side of a latent cell; a latent frame is four pixel frames."""
+SPEED = 2.0
+"""Pixels an object moves in a pixel frame, along each axis it moves on: a cell in a latent frame."""
+RADIUS = 13.0
+ORBIT = 16.0
+"""Pixels: the size of an object, and of the circle that a circling one follows."""
+LAP = 48
+"""Pixel frames once round that circle."""
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.87, 0.10, 0.12),
     "green": (0.10, 0.62, 0.22),
@@ -42,7 +51,7 @@ PHRASES = {
     "left": ("{verb} left", "{verb} to the left", "{verb} leftwards", "{verb} towards the left"),
     "right": ("{verb} right", "{verb} to the right", "{verb} rightwards", "{verb} towards the right"),
     "circling": ("{verb} in a circle", "{verb} in circles", "circling", "{verb} round and round", "orbiting"),
-    "bouncing": ("bouncing", "bouncing around", "bouncing off the edges", "bouncing off the walls", "{verb} and bouncing"),
+    "bouncing": ("bouncing", "bouncing around", "bouncing off the edges", "bouncing off the walls"),
 }
 SENTENCES = (
     "{article} {colour} {noun} {phrase} on {article} {background} background",
@@ -80,6 +89,7 @@ class Clip:
 
 
 def every_scene() -> list[Scene]:
+    """All scenes whose object can be told from the background."""
     return [
         Scene(colour, shape, motion, background)
         for colour in COLOURS
@@ -134,26 +144,33 @@ def chunk_lengths(chunks: int, chunk: int) -> list[int]:
 
 
 def make_clip(
-    rng: np.random.Generator, scenes: list[Scene], chunks: int, chunk: int = 3, switch_share: float = 0.0
+    rng: np.random.Generator,
+    scenes: list[Scene],
+    chunks: int,
+    chunk: int = 3,
+    switch_share: float = 0.0,
+    free: bool = False,
 ) -> Clip:
-    """A clip of so many chunks; a `switch_share` of the clips change their scene once, at the start of a later chunk."""
+    """A clip of so many chunks; a `switch_share` of all clips change their scene once, where a later chunk begins.
+
+    An object keeps one size and moves in step with the latent cells: by one cell in the time of one latent frame, from
+    a corner of a cell, so that the same few latents come back everywhere. free lifts that: any size, place and speed.
+    """
     first = scenes[int(rng.integers(len(scenes)))]
     switches = chunks > 1 and rng.random() < switch_share
     boundary = int(rng.integers(1, chunks)) if switches else chunks
     second = _changed(first, scenes, rng) if switches else first
     first_prompt, second_prompt = say(first, rng), say(second, rng)
     lengths = chunk_lengths(chunks, chunk)
-    size, speed = float(rng.uniform(10, 14)), float(rng.uniform(1.3, 2.0))
-    place = _start(first.motion, rng, size)
-    path = _travel(first.motion, place, sum(lengths[:boundary]), size, speed, rng)
+    size, speed = (float(rng.uniform(10, 14)), float(rng.uniform(1.3, 2.0))) if free else (RADIUS, SPEED)
+    path = _travel(first.motion, None, sum(lengths[:boundary]), speed, free, rng)
     pixels = [draw(path, size, first)]
     if switches:
-        path = _travel(second.motion, path[-1], sum(lengths[boundary:]), size, speed, rng)
+        path = _travel(second.motion, path[-1], sum(lengths[boundary:]), speed, free, rng)
         pixels.append(draw(path, size, second))
     after = chunks - boundary
-    return Clip(
-        torch.cat(pixels), (first,) * boundary + (second,) * after, (first_prompt,) * boundary + (second_prompt,) * after
-    )
+    said = (first_prompt,) * boundary + (second_prompt,) * after
+    return Clip(torch.cat(pixels), (first,) * boundary + (second,) * after, said)
 
 
 def _changed(scene: Scene, scenes: list[Scene], rng: np.random.Generator) -> Scene:
@@ -167,49 +184,55 @@ def _changed(scene: Scene, scenes: list[Scene], rng: np.random.Generator) -> Sce
             return mixed
 
 
-def _start(motion: str, rng: np.random.Generator, size: float) -> np.ndarray:
-    """A place to start from: anywhere, but circling and bouncing keep the whole object in the picture."""
-    if motion in DIRECTIONS:
-        return rng.uniform(0, SIZE, 2)
-    angle = rng.uniform(0, 2 * math.pi)
-    if motion == "circling":
-        return SIZE / 2 + rng.uniform(-2, 2, 2) + rng.uniform(13, 16) * np.array([math.cos(angle), math.sin(angle)])
-    return rng.uniform(size + 1, SIZE - size - 1, 2)
-
-
 def _travel(
-    motion: str, place: np.ndarray, count: int, size: float, speed: float, rng: np.random.Generator
+    motion: str, before: np.ndarray | None, count: int, speed: float, free: bool, rng: np.random.Generator
 ) -> np.ndarray:
-    """The `count` places [count, 2] (x, y) after `place`."""
-    steps = np.arange(1, count + 1)[:, None]
-    if motion in DIRECTIONS:
-        return (place + steps * speed * np.array(DIRECTIONS[motion])) % SIZE
+    """`count` places [count, 2] (x, y): on from the place `before`, or from one of their own where a clip begins."""
+    if before is not None and not free:
+        before = _on_cells(before)
     if motion == "circling":
-        return _circle(place, steps, speed, rng)
-    return _bounce(place, count, size, speed, rng)
+        return _circle(before, count, speed, rng)
+    if motion == "bouncing":
+        return _bounce(before, count, speed, free, rng)
+    way = speed * np.array(DIRECTIONS[motion])
+    first = before + way if before is not None else rng.uniform(0, SIZE, 2)
+    if before is None and not free:
+        first = _on_cells(first)
+    return (first + np.arange(count)[:, None] * way) % SIZE
 
 
-def _circle(place: np.ndarray, steps: np.ndarray, speed: float, rng: np.random.Generator) -> np.ndarray:
-    """Clockwise through `place`, round a centre near the middle if the place allows it, else round any."""
-    offset = place - SIZE / 2
-    reach = float(np.hypot(*offset))
-    radius = reach if 12 <= reach <= 17 else float(rng.uniform(13, 16))
-    angle = math.atan2(offset[1], offset[0])
-    centre = place - radius * np.array([math.cos(angle), math.sin(angle)])
-    angles = angle + steps * speed / radius
-    return (centre + radius * np.concatenate([np.cos(angles), np.sin(angles)], axis=1)) % SIZE
+def _on_cells(place: np.ndarray) -> np.ndarray:
+    """The nearest corner of a latent cell."""
+    return np.round(place / CELL) * CELL % SIZE
 
 
-def _bounce(place: np.ndarray, count: int, size: float, speed: float, rng: np.random.Generator) -> np.ndarray:
-    """Straight and slanted, turned back wherever the object would leave the picture."""
-    angle = rng.uniform(math.radians(32), math.radians(58))
-    velocity = 1.25 * speed * np.array([math.cos(angle), math.sin(angle)]) * rng.choice([-1, 1], 2)
-    low, high = size, SIZE - size
+def _circle(before: np.ndarray | None, count: int, speed: float, rng: np.random.Generator) -> np.ndarray:
+    """Clockwise, a lap in twelve latent frames: round the middle, or on from `before` round a centre nearest to it."""
+    phase = int(rng.integers(12)) * math.pi / 6
+    centre, turned = np.array([SIZE / 2, SIZE / 2]), np.arange(count)
+    if before is not None:
+        phases = np.arange(4) * math.pi / 2
+        centres = before - ORBIT * np.stack([np.cos(phases), np.sin(phases)], axis=1)
+        nearest = int(np.abs(centres - SIZE / 2).sum(1).argmin())
+        phase, centre, turned = float(phases[nearest]), centres[nearest], turned + 1
+    angles = phase + turned[:, None] * (speed / SPEED) * 2 * math.pi / LAP
+    return (centre + ORBIT * np.concatenate([np.cos(angles), np.sin(angles)], axis=1)) % SIZE
+
+
+def _bounce(before: np.ndarray | None, count: int, speed: float, free: bool, rng: np.random.Generator) -> np.ndarray:
+    """Straight and slanted, turned back at the walls, which an object beyond them comes back to."""
+    low, high = 2 * CELL, SIZE - 2 * CELL
+    angle = rng.uniform(math.radians(32), math.radians(58)) if free else math.pi / 4
+    slant = math.sqrt(2) * speed * np.array([math.cos(angle), math.sin(angle)])
+    velocity = slant * rng.choice([-1, 1], 2)
+    here = rng.uniform(low, high, 2) if before is None else before.astype(float)
+    if before is None and not free:
+        here = _on_cells(here)
     path = np.empty((count, 2))
-    here = place.astype(float)
     for i in range(count):
-        here = here + velocity
-        velocity = np.where(here < low, np.abs(velocity), np.where(here > high, -np.abs(velocity), velocity))
+        if i or before is not None:
+            velocity = np.where(here <= low, slant, np.where(here >= high, -slant, velocity))
+            here = np.round(here + velocity, 6)  # exactly on the cells, however many steps it took
         path[i] = here
     return path % SIZE
 

@@ -74,6 +74,7 @@ def table(results: list[Result]) -> str:
 
 
 def summary(results: list[Result], skip: int) -> dict[str, object]:
+    """The shares of the table and every single result, as JSON takes it."""
     return {
         "prompts": len(results),
         "chunks_read": CHUNKS,

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from sfrt.bundle import Bundle, Manifest, TaehvPart
+from sfrt.bundle.manifest import MANIFEST
 from sfrt.bundle.writer import BundleWriter
+from sfrt.errors import BundleError
 from sfrt_train import autoencoder, flow
 from sfrt_train.loop import weights_of
 from sfrt_train.settings import Settings
@@ -20,7 +22,12 @@ FAMILY = "Self Forcing runtime, built-in"
 
 
 def export(settings: Settings, folder: Path, target: Path) -> Bundle:
-    """Write the bundle of what `folder` holds, weights in float16; a bundle at `target` is replaced once all is written."""
+    """Write the bundle of what `folder` holds, in float16; a bundle at `target` is replaced once all is written.
+
+    Raises BundleError where something else is at `target`.
+    """
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise BundleError(f"{target} is no bundle, so it is not replaced; choose another output folder")
     trained = weights_of(folder, flow.NAME)
     fresh = target.with_name(f"{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -28,7 +35,7 @@ def export(settings: Settings, folder: Path, target: Path) -> Bundle:
     with BundleWriter(fresh) as writer:
         writer.add_tensors("transformer", _part(trained, "transformer."))
         writer.add_tensors("text_encoder", _part(trained, "text_encoder."))
-        writer.add_tensors("decoder", _part(weights_of(folder, autoencoder.NAME), ""))
+        writer.add_tensors("decoder", _part(autoencoder.load(settings, folder, "cpu").state_dict(), ""))
         writer.add_tokenizer(make_tokenizer(settings, folder))
         writer.finish(manifest(settings))
     shutil.rmtree(target, ignore_errors=True)
@@ -37,11 +44,13 @@ def export(settings: Settings, folder: Path, target: Path) -> Bundle:
 
 
 def manifest(settings: Settings) -> Manifest:
+    """What the bundle says of itself; the writer adds its files."""
     return Manifest(
         name=NAME,
         family=FAMILY,
         model=settings.transformer,
         stream=settings.stream,
+        weights="ema",
         dtype="float16",
         created_by="sfrt_train",
         decoder=TaehvPart(settings.taehv),

@@ -1,16 +1,15 @@
 """Flow matching with teacher forcing on the chunk-causal mask: every chunk is denoised beside its clean past.
 
-A training sequence holds every chunk twice, clean and noisy. Clean chunks attend to what a refresh pass would see, noisy
-ones to what a denoising pass would see, and the ring that streams decides which chunks those are: so one pass over the
-sequence computes exactly what inference computes chunk by chunk, with the true past in the cache. (Self Forcing replaces
-that past by the model's own rollout: arXiv 2506.08009, section 3.2.)
+A training sequence holds every chunk twice, clean and noisy. Clean chunks attend to what a refresh pass would see,
+noisy ones to what a denoising pass would see, and the ring that streams decides which chunks those are: so one pass
+over the sequence computes exactly what inference computes chunk by chunk, with the true past in the cache. (Self
+Forcing replaces that past by the model's own rollout: arXiv 2506.08009, section 3.2.)
 
 Shapes: B clips, G chunks, L tokens a chunk, P features a token, S text slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from sfrt.config import StreamConfig
 from sfrt.ring import ring_for
 from sfrt.text import Umt5Encoder
 from sfrt.transformer import Modulation, TextKV, Transformer, rotary_phases
+from sfrt_train import reading
 from sfrt_train.clips import Clips, make_clips
 from sfrt_train.loop import Loop, LoopSettings, Losses
 from sfrt_train.settings import FlowSettings, Settings
@@ -32,7 +32,7 @@ NAME = "flow"
 
 
 class FlowModel(nn.Module):
-    """The transformer and the text encoder, trained together."""
+    """The transformer, and the text encoder it hears, which can read already (sfrt_train.reading) and stays so."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class FlowModel(nn.Module):
         nn.init.zeros_(self.transformer.head.linear.weight)  # starts as "no flow"
 
     def text_kv(self, ids: Tensor, prompt: Tensor) -> TextKV:
-        """Text keys and values [layers, B, G, S, H, d] for each chunk, from ids [B, 2, S] and the prompt [B, G] it follows."""
+        """Text keys and values [layers, B, G, S, H, d] from ids [B, 2, S] and which of them chunks follow [B, G]."""
         flat = ids.flatten(0, 1)
         embeds = self.text_encoder(flat, flat != 0).unflatten(0, ids.shape[:2])
         pair = self.transformer.text_kv(embeds)
@@ -57,16 +57,17 @@ class FlowModel(nn.Module):
 class TeacherForcing:
     """What does not change from step to step: who attends to whom, and where each token is.
 
-    The sequence is G clean chunks, then the G noisy ones. All queries of a chunk see the same frames, so attention is one
-    small product per chunk over the frames it sees, not a masked one over the whole sequence (a quarter of the work).
+    The sequence is the clean chunks but the last, which nobody looks back at, then all noisy ones. All queries of a
+    chunk see the same frames, so attention is one small product per chunk over what it sees, not a masked one over the
+    whole sequence (a quarter of the work).
     """
 
     seen: Tensor
-    """int64 [2·G, K]: the frames of the sequence each chunk attends to, filled up with any frame where they are fewer."""
+    """int64 [2·G - 1, K]: the frames of the sequence each chunk attends to, filled up with any where they are fewer."""
     hidden: Tensor
-    """float32 [2·G, 1, 1, K·tokens]: -inf at what only fills up, else 0."""
+    """float32 [2·G - 1, 1, 1, K·tokens]: -inf at what only fills up, else 0."""
     rotary: Tensor
-    """complex64 [2·G, L, 1, d/2]"""
+    """complex64 [2·G - 1, L, 1, d/2]"""
 
     @classmethod
     def of(cls, settings: Settings, chunks: int, device: str) -> TeacherForcing:
@@ -78,18 +79,18 @@ class TeacherForcing:
         filler = torch.arange(most) >= torch.tensor([[len(frames)] for frames in visible])
         hidden = torch.zeros(filler.shape).masked_fill(filler, float("-inf")).repeat_interleave(grid.tokens, 1)
         phases = rotary_phases(model, range(chunks * stream.chunk), grid.rows, grid.columns, torch.device(device))
-        rotary = phases.unflatten(0, (chunks, -1)).repeat(2, 1, 1, 1)
-        return cls(seen.to(device), hidden[:, None, None].to(device), rotary)
+        rotary = phases.unflatten(0, (chunks, -1))
+        return cls(seen.to(device), hidden[:, None, None].to(device), torch.cat((rotary[:-1], rotary)))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Self attention of the whole sequence, [B, 2·G, L, H, d] each."""
+        """Self attention of the whole sequence, [B, 2·G - 1, L, H, d] each."""
         k, v = (self._gather(part) for part in (k, v))
         logits = torch.matmul(q.transpose(2, 3), k.permute(0, 1, 3, 4, 2)).float()
         weights = (logits * q.shape[-1] ** -0.5 + self.hidden).softmax(-1).to(v.dtype)
         return torch.matmul(weights, v.transpose(2, 3)).transpose(2, 3)
 
     def _gather(self, part: Tensor) -> Tensor:
-        """Keys or values [B, 2·G, L, H, d] -> those each chunk sees, [B, 2·G, K·tokens, H, d]."""
+        """Keys or values [B, 2·G - 1, L, H, d] -> those each chunk sees, [B, 2·G - 1, K·tokens, H, d]."""
         chunks, most = self.seen.shape
         tokens = self.hidden.shape[-1] // most
         frames = part.flatten(1, 2).unflatten(1, (-1, tokens))
@@ -97,44 +98,50 @@ class TeacherForcing:
 
     def flow(self, model: FlowModel, clean: Tensor, noisy: Tensor, timesteps: Tensor, clips: Clips) -> Tensor:
         """The flow at the noisy chunks [B, G, L, P], their timesteps [B, G], with the clean chunks as their past."""
-        both = torch.cat((clean, noisy), dim=1)
-        when = torch.cat((torch.zeros_like(timesteps), timesteps), dim=1)
+        both = torch.cat((clean[:, :-1], noisy), dim=1)
+        when = torch.cat((torch.zeros_like(timesteps[:, :-1]), timesteps), dim=1)
         with torch.autocast(both.device.type, enabled=False):
             table = model.transformer.modulation(when)
         modulation = Modulation(table.blocks.unsqueeze(-2), table.head.unsqueeze(-2))
-        text = model.text_kv(clips.ids, clips.prompt.repeat(1, 2))
+        text = model.text_kv(clips.ids, torch.cat((clips.prompt[:, :-1], clips.prompt), dim=1))
         flow: Tensor = model.transformer(both, modulation, self.rotary, text, self.attend)
-        return flow[:, clean.shape[1] :]
+        return flow[:, -clean.shape[1] :]
 
 
 def visible_frames(stream: StreamConfig, chunks: int) -> list[list[int]]:
-    """The frames each chunk sees, of 2·F in the sequence (F clean, then F noisy), as the ring that streams would have it."""
+    """The frames of the sequence that each of its chunks sees, as the streaming ring has it."""
     ring, count = ring_for(stream), chunks * stream.chunk
+    clean_count = count - stream.chunk
     clean, noisy = [], []
     for start in range(0, count, stream.chunk):
         plan = ring.plan(start, stream.chunk)
         own = list(plan.frames)
         past = [frame for frame in ring.visible_frames(plan) if frame not in plan.frames]
         clean.append(past + own)
-        noisy.append(past + [count + frame for frame in own])
-    return clean + noisy
+        noisy.append(past + [clean_count + frame for frame in own])
+    return clean[:-1] + noisy
 
 
 def train(settings: Settings, folder: Path, device: str, until: int | None = None) -> None:
+    """Train to the end, or to step `until`, going on from the checkpoint in `folder`."""
     own = settings.flow
     clips = make_clips(settings, folder, device)
     torch.manual_seed(settings.seed)
     model = FlowModel(settings).to(device)
-    forcing = TeacherForcing.of(settings, own.chunks, device)
+    model.text_encoder.load_state_dict(reading.weights(folder))
+    model.text_encoder.requires_grad_(False)
+    forcings = {length: TeacherForcing.of(settings, length, device) for length in own.lengths}
 
     def losses_of(step: int) -> Losses:
         rng = np.random.default_rng((settings.seed, 5, step))
-        batch = clips.pick(torch.from_numpy(rng.integers(len(clips), size=own.batch)), device)
+        length = own.lengths[step % len(own.lengths)]
+        picked = torch.from_numpy(rng.integers(len(clips), size=own.batch_chunks // (2 * length - 1)))
+        batch = clips.pick(picked, length, device)
         # The plain formula: on CPUs the fused attention's backward pass is several times slower for so few keys.
         with torch.autocast(batch.tokens.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            return losses(model, forcing, batch, rng, own)
+            return losses(model, forcings[length], batch, rng, own)
 
-    loop = LoopSettings(own.steps, own.learning_rate, own.warmup, own.weight_decay, own.ema)
+    loop = LoopSettings(own.steps, own.learning_rate, own.warmup, own.decay, own.weight_decay, own.ema)
     Loop(model, loop, folder, NAME).run(losses_of, until)
 
 
@@ -166,5 +173,3 @@ def _normals(shape: tuple[int, ...], rng: np.random.Generator, device: torch.dev
 
 def _mean_where(values: Tensor, where: Tensor) -> Tensor:
     return (values.detach() * where).sum() / where.sum().clamp(min=1)
-
-

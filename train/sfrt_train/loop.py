@@ -25,9 +25,13 @@ Losses = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LoopSettings:
+    """How long and how fast to train; learning rates and decays as AdamW means them."""
+
     steps: int
     learning_rate: float
     warmup: int
+    decay: float = 1.0
+    """Share of the steps, at the end, in which the learning rate goes down."""
     weight_decay: float = 0.0
     ema: float = 0.0
     """Decay of the averaged weights; 0 keeps none."""
@@ -35,11 +39,12 @@ class LoopSettings:
     log_every: int = 20
 
 
-def learning_rate_factor(step: int, warmup: int, steps: int) -> float:
-    """Up in a line, down in half a cosine."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def learning_rate_factor(step: int, settings: LoopSettings) -> float:
+    """Up in a line, level, and over the last share of the steps down in half a cosine."""
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    start = max(settings.warmup, round(settings.steps * (1 - settings.decay)))
+    return 0.5 * (1 + math.cos(math.pi * max(0, step - start) / max(1, settings.steps - start)))
 
 
 def save(path: Path, state: Any) -> None:
@@ -79,19 +84,19 @@ class Loop:
         """Steps until `until` (or the end); `losses_of(step)` computes one step's losses on its own data."""
         end = self.settings.steps if until is None else min(until, self.settings.steps)
         saved, started = time.monotonic(), time.monotonic()
-        sums: dict[str, float] = {}
+        recent: list[dict[str, float]] = []
         with tqdm(total=self.settings.steps, initial=self.step, desc=self.name, mininterval=5, unit="step") as bar:
             while self.step < end:
                 losses = self._advance(losses_of)
-                for key, value in losses.items():
-                    sums[key] = sums.get(key, 0.0) + float(value.detach()) / self.settings.log_every
+                recent.append({key: float(value.detach()) for key, value in losses.items()})
                 now = time.monotonic()
                 self.seconds, started = self.seconds + now - started, now
                 bar.update()
                 if self.step % self.settings.log_every == 0:
-                    bar.set_postfix({key: f"{value:.4f}" for key, value in sums.items()}, refresh=False)
-                    self._write_log(sums)
-                    sums = {}
+                    means = {key: sum(each[key] for each in recent) / len(recent) for key in losses}
+                    bar.set_postfix({key: f"{value:.4f}" for key, value in means.items()}, refresh=False)
+                    self._write_log(means)
+                    recent = []
                 if now - saved > self.settings.checkpoint_seconds:
                     self.save()
                     saved = now
@@ -108,7 +113,7 @@ class Loop:
         save(self.checkpoint, state)
 
     def _advance(self, losses_of: Callable[[int], Losses]) -> Losses:
-        factor = learning_rate_factor(self.step, self.settings.warmup, self.settings.steps)
+        factor = learning_rate_factor(self.step, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = factor * self.settings.learning_rate
         losses = losses_of(self.step)

@@ -28,7 +28,7 @@ def read_scene(pixels: Tensor) -> Scene:
     if seen.float().mean() < 0.8:
         return Scene("?", "?", "?", _NAMES[ground])
     centres = _centres(masks[seen])
-    shape = _most([_shape(mask, centre) for mask, centre in zip(masks[seen], centres)])
+    shape = _most([_shape(mask, centre) for mask, centre in zip(masks[seen], centres, strict=True)])
     return Scene(_NAMES[colour], shape, _motion(centres.numpy()), _NAMES[ground])
 
 
@@ -50,7 +50,7 @@ def _masks(pixels: Tensor, colour: int, ground: int) -> Tensor:
 
 
 def _centres(masks: Tensor) -> Tensor:
-    """Centroids [F, 2] (x, y) on the torus: first a circular mean, then a plain one in the frame that puts it in the middle."""
+    """Centroids [F, 2] (x, y) on the torus: a circular mean, then a plain one with that in the middle."""
     angles = 2 * math.pi * (torch.arange(SIZE) + 0.5) / SIZE
     turn = torch.polar(torch.ones(SIZE), angles)
     rough = torch.stack([(masks.sum(axis) * turn).sum(1).angle() for axis in (1, 2)], dim=1) * SIZE / (2 * math.pi)

@@ -41,4 +41,3 @@ def make_tokenizer(settings: Settings, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path))
     return path
-

@@ -1,0 +1,41 @@
+"""What the system says, and what is said where it says nothing."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from sfrt import machine
+
+
+def test_here() -> None:
+    here = machine.processor()
+    assert here.name and here.cores >= 1
+    if memory := machine.memory():
+        assert 0 < memory.available <= memory.total
+    assert machine.version_of("numpy") == np.__version__
+    assert machine.version_of("a-library-that-nobody-wrote") is None
+
+
+def test_the_first_core_speaks_for_all(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Fast: 3\n\nprocessor\t: 1\nmodel name\t: Slow\n")
+    assert machine._fields(tmp_path / "cpuinfo") == {"processor": "0", "model name": "Fast: 3"}
+
+
+def test_without_the_tables_of_linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = machine._fields(tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine, "_fields", lambda table: missing)
+    assert machine.memory() is None
+    assert machine.processor().name == (platform.processor() or platform.machine())
+    assert machine.processor().flags == frozenset()
+
+
+def test_a_driver_library_that_fails_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Path("/sys/module/nvidia/version")
+    monkeypatch.setitem(sys.modules, "pynvml", ModuleType("pynvml"))  # installed, but nothing works
+    assert machine.driver_version() == (module.read_text().strip() if module.exists() else None)

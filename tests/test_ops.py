@@ -1,0 +1,139 @@
+"""Each operation against its definition in double precision, at sizes that fit nothing evenly."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sfrt.config import ModelConfig, StreamConfig
+from sfrt.ops.attention import attention
+from sfrt.ops.denoise import follow_flow, predict_x0, renoise
+from sfrt.ops.layout import frames_from_pixels, latents_from_tokens, tokens_from_latents
+from sfrt.ops.linear import Activation, Linear, pack_for_cpu
+from sfrt.timesteps import Step, steps_of
+from sfrt_export.verify import relative_error
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+DTYPES = list(TOLERANCE)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(out: Tensor, expected: Tensor) -> None:
+    assert out.shape == expected.shape
+    assert relative_error(out, expected) <= TOLERANCE[out.dtype]
+
+
+def attention_by_definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("...lhd,...hsd->...hls", q.double(), k.double()) / q.shape[-1] ** 0.5
+    return torch.einsum("...hls,...hsd->...lhd", scores.softmax(-1), v.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries", [1, 17, 512, 513, 1200])
+def test_attention_with_other_lengths_of_queries_and_keys(queries: int, dtype: torch.dtype) -> None:
+    """More than 512 queries take several blocks; k and v are a part of a larger ring, as caches give them."""
+    q = normal(queries, 3, 20, dtype=dtype)
+    ring = normal(2, 3, 90, 20, seed=1, dtype=dtype)
+    k, v = ring[:, :, :77]
+    assert_near(attention(q, k, v), attention_by_definition(q, k, v))
+
+
+def test_attention_of_a_batch() -> None:
+    q, k, v = normal(2, 9, 4, 8), normal(2, 4, 13, 8, seed=1), normal(2, 4, 13, 8, seed=2)
+    assert_near(attention(q, k, v), attention_by_definition(q, k, v))
+
+
+def test_attention_passes_gradients() -> None:
+    q, k, v = (normal(*shape).requires_grad_() for shape in ((5, 2, 8), (2, 7, 8), (2, 7, 8)))
+    assert_near(attention(q, k, v).detach(), attention_by_definition(q, k, v).detach())
+    attention(q, k, v).square().sum().backward()
+    assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(1, 24), (65, 24), (2, 7, 24)], ids=str)
+def test_a_packed_linear_is_a_plain_one(shape: tuple[int, ...], activation: Activation, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = Linear(24, 37, activation).requires_grad_(False).to(dtype)
+    x = normal(*shape, dtype=dtype)
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    if activation == "gelu_tanh":
+        expected = F.gelu(expected, approximate="tanh")
+    assert_near(layer(x), expected)
+    pack_for_cpu(layer, rows=64)
+    if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        assert layer.weight.is_mkldnn
+    assert_near(layer(x), expected)
+
+
+def test_a_linear_in_float32_rounds_only_its_weights() -> None:
+    torch.manual_seed(0)
+    layer = Linear(24, 37).requires_grad_(False).bfloat16()
+    x = normal(5, 24)
+    assert_near(layer.in_float32(x), F.linear(x.double(), layer.weight.double(), layer.bias.double()))
+
+
+STEPS = st.sampled_from(steps_of(StreamConfig()))
+
+
+@given(STEPS, st.integers(0, 2**32))
+def test_what_was_noised_along_the_flow_is_found_again(step: Step, seed: int) -> None:
+    """x = (1 - sigma) · clean + sigma · noise has the flow noise - clean."""
+    clean, noise = normal(6, 4, seed=seed), normal(6, 4, seed=seed + 1)
+    x = (1 - step.sigma) * clean + step.sigma * noise
+    torch.testing.assert_close(predict_x0(x, noise - clean, step), clean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        follow_flow(x, noise - clean, step),
+        (1 - step.next_sigma) * clean + step.next_sigma * noise,
+        rtol=0,
+        atol=1e-5,
+    )
+
+
+@given(STEPS)
+def test_a_step_starts_from_the_mix_its_sigma_says(step: Step) -> None:
+    x0, noise = normal(6, 4), normal(6, 4, seed=1)
+    kept = noise.clone()
+    mixed = renoise(x0, noise, step)
+    torch.testing.assert_close(mixed, (1 - step.next_sigma) * x0 + step.next_sigma * noise, rtol=0, atol=1e-6)
+    assert torch.equal(noise, kept), "noise is the caller's"
+
+
+def test_steps_hand_on_their_noise_level() -> None:
+    assert all(earlier.next_sigma == later.sigma for earlier, later in pairwise(steps_of(StreamConfig())))
+
+
+@given(
+    frames=st.integers(1, 4),
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 4),
+    patch=st.tuples(st.just(1), st.integers(1, 3), st.integers(1, 3)),
+    channels=st.integers(1, 5),
+)
+def test_tokens_and_back(frames: int, rows: int, columns: int, patch: tuple[int, int, int], channels: int) -> None:
+    config = ModelConfig(dim=48, num_heads=2, num_layers=1, patch_size=patch, latent_channels=channels)
+    height, width = rows * patch[1], columns * patch[2]
+    latents = torch.arange(float(frames * channels * height * width)).view(frames, channels, height, width)
+    tokens = tokens_from_latents(latents, config)
+    assert tokens.shape == (frames * rows * columns, config.token_dim)
+    assert torch.equal(latents_from_tokens(tokens, config, rows, columns), latents)
+    # The last token is the last frame's last patch, (patch row, patch column, channel) in it.
+    corner = latents[-1, :, -patch[1] :, -patch[2] :].permute(1, 2, 0).flatten()
+    assert torch.equal(tokens[-1], corner)
+
+
+def test_pixels_become_bytes() -> None:
+    pixels = torch.tensor([0.0, 0.4 / 255, 0.6 / 255, 0.5, 1.0]).view(1, 1, 1, 5).expand(2, 3, 4, 5)
+    frames = frames_from_pixels(pixels)
+    assert frames.dtype == torch.uint8 and frames.shape == (2, 4, 5, 3) and frames.is_contiguous()
+    assert frames[1, 3, :, 2].tolist() == [0, 0, 1, 128, 255]
