@@ -91,7 +91,9 @@ def _motion(centres: np.ndarray) -> str:
         return name if share > math.cos(math.radians(20)) else "bouncing"
     headings = np.unwrap(np.arctan2(smooth[:, 1], smooth[:, 0]))
     turns = np.diff(headings)
-    steady = np.median(np.abs(turns)) > 0.05 and np.mean(np.sign(turns) == np.sign(np.median(turns))) > 0.75
+    # A bounce may go round too, but straight between the walls.
+    bent = np.quantile(np.abs(turns), 0.25) > 0.04
+    steady = bent and np.mean(np.sign(turns) == np.sign(np.median(turns))) > 0.75
     return "circling" if steady else "bouncing"
 
 
