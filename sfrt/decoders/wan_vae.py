@@ -15,6 +15,7 @@ unchanged. What differs is how the work is laid out:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
@@ -110,15 +111,15 @@ class WanVae(nn.Module):
             raise ConfigError(f"frames of {height}×{width} cannot be encoded; both must be multiples of {in_space}")
 
 
-class Coder(nn.Module):
+class Coder(nn.Module, ABC):
     """What encoder and decoder share: a first convolution, a chain of layers, a head."""
 
     conv1: CausalConv3d
     head: nn.ModuleDict
 
+    @abstractmethod
     def chain(self) -> Iterator[nn.Module]:
         """The layers between first convolution and head, in running order."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, state: tuple[LayerState, ...] | None) -> tuple[Tensor, tuple[LayerState, ...]]:
         """x: [B, C, T, H, W]; state: one entry per layer, None at the start of a video."""
