@@ -154,7 +154,8 @@ def make_clip(
     """A clip of so many chunks; a `switch_share` of all clips change their scene once, where a later chunk begins.
 
     An object keeps one size and moves in step with the latent cells: by one cell in the time of one latent frame, from
-    a corner of a cell, so that the same few latents come back everywhere. free lifts that: any size, place and speed.
+    a corner of a cell, so that the same few latents come back everywhere; it comes in from the side it moves away from.
+    free lifts that: any size, place and speed.
     """
     first = scenes[int(rng.integers(len(scenes)))]
     switches = chunks > 1 and rng.random() < switch_share
@@ -195,10 +196,20 @@ def _travel(
     if motion == "bouncing":
         return _bounce(before, count, speed, free, rng)
     way = speed * np.array(DIRECTIONS[motion])
-    first = before + way if before is not None else rng.uniform(0, SIZE, 2)
-    if before is None and not free:
-        first = _on_cells(first)
-    return (first + np.arange(count)[:, None] * way) % SIZE
+    if before is None:
+        before = (rng.uniform(0, SIZE, 2) if free else _entrance(motion, rng)) - way
+    return (before + way + np.arange(count)[:, None] * way) % SIZE
+
+
+def _entrance(motion: str, rng: np.random.Generator) -> np.ndarray:
+    """Where an object that moves in one direction begins: whole in the picture, near the side it moves away from.
+
+    So already the average over all first frames tells one direction from another, which is what the flow model has to
+    go by where all is noise.
+    """
+    way = np.array(DIRECTIONS[motion])
+    behind, beside = int(rng.integers(1, 3)), int(rng.integers(-2, 3))
+    return SIZE / 2 - CELL * (behind * way + beside * way[::-1])
 
 
 def _on_cells(place: np.ndarray) -> np.ndarray:
@@ -207,8 +218,11 @@ def _on_cells(place: np.ndarray) -> np.ndarray:
 
 
 def _circle(before: np.ndarray | None, count: int, speed: float, rng: np.random.Generator) -> np.ndarray:
-    """Clockwise, a lap in twelve latent frames: round the middle, or on from `before` round a centre nearest to it."""
-    phase = int(rng.integers(12)) * math.pi / 6
+    """Clockwise, a lap in twelve latent frames, from a quarter on.
+
+    Round the middle, or on from `before` round the centre nearest to it.
+    """
+    phase = int(rng.integers(4)) * math.pi / 2
     centre, turned = np.array([SIZE / 2, SIZE / 2]), np.arange(count)
     if before is not None:
         phases = np.arange(4) * math.pi / 2
@@ -254,7 +268,7 @@ def coverage(places: Tensor, size: float | Tensor, shape: str) -> Tensor:
     if shape == "circle":
         outside = torch.sqrt(x * x + y * y) - size
     elif shape == "square":
-        outside = torch.maximum(x.abs(), y.abs()) - 0.9 * size
+        outside = torch.maximum(x.abs(), y.abs()) - size
     else:
         outside = torch.maximum(y.expand(-1, -1, SIZE), 0.75**0.5 * x.abs() - 0.5 * y) - 0.675 * size
     return (0.5 - outside).clamp(0, 1)

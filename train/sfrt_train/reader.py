@@ -13,7 +13,7 @@ from sfrt_train.data import COLOURS, DIRECTIONS, SHAPES, SIZE, Scene, coverage
 
 _NAMES = list(COLOURS)
 _PALETTE = torch.tensor(list(COLOURS.values()))
-_AREA = {"circle": math.pi, "square": 4 * 0.9**2, "triangle": 0.675**2 * 3 * math.sqrt(3)}
+_AREA = {"circle": math.pi, "square": 4.0, "triangle": 0.675**2 * 3 * math.sqrt(3)}
 _FITS = 0.8
 """Overlap with the best of the three shapes below which an object has none of them."""
 

@@ -40,12 +40,12 @@ class ReadingSettings:
 class FlowSettings:
     """The training of the transformer and the text encoder."""
 
-    steps: int = 7500
+    steps: int = 16500
     batch_chunks: int = 72
     """Chunks in a step, clean ones included, however long its clips are."""
-    lengths: tuple[int, ...] = (5, 5, 1)
+    lengths: tuple[int, ...] = (5, 1)
     """Chunks of a clip, in turn from step to step. Only a first chunk and one after a prompt switch need the text,
-    so some steps are made of first chunks alone."""
+    so every other step is made of first chunks alone."""
     clips: int = 3072
     chunks: int = 5
     switch_share: float = 0.5
