@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
-import resource
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -84,7 +84,7 @@ def peak(device: str) -> Figure:
     """Peak memory in GiB: of the case on a GPU, of this process since it began on a CPU."""
     if device.startswith("cuda"):
         return Figure("peak_gib", (torch.cuda.max_memory_allocated(device) / 2**30,))
-    return Figure("process_peak_gib", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,))
+    return Figure("process_peak_gib", ((machine.peak_memory() or math.nan) / 2**30,))
 
 
 def write(path: Path, surroundings: dict[str, Any], measured: Sequence[tuple[Case, Sequence[Figure]]]) -> None:

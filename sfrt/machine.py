@@ -44,6 +44,15 @@ def memory() -> Memory | None:
     return Memory(total, available)
 
 
+def peak_memory() -> int | None:
+    """The most bytes this program has held in main memory since it began; None where the system does not say.
+
+    Not what getrusage tells, which starts from the peak of the program that started this one.
+    """
+    peak = _fields(Path("/proc/self/status")).get("VmHWM")
+    return None if peak is None else int(peak.split()[0]) * 1024
+
+
 def driver_version() -> str | None:
     """The NVIDIA driver's version from NVML, or from the kernel module's own file; None where there is no driver."""
     try:

@@ -91,6 +91,73 @@ def ring_for(config: StreamConfig, frames: int | None = None) -> Ring:
     return Ring(config.window, config.sink)
 
 
-def chunk_size(config: StreamConfig, *, first_chunk: bool) -> int:
-    """How many latent frames a chunk has; the first of a stream may have fewer."""
-    return config.first_chunk if first_chunk and config.first_chunk is not None else config.chunk
+@dataclass(frozen=True)
+class ChunkSizes:
+    """How many latent frames a stream's first chunk has, and all later ones."""
+
+    first: int
+    later: int
+
+    def start(self, number: int) -> int:
+        """The first frame of a chunk, counted from 0."""
+        return 0 if number == 0 else self.first + (number - 1) * self.later
+
+    def holding(self, frame: int) -> int:
+        """The number of the chunk that holds a frame."""
+        return 0 if frame < self.first else 1 + (frame - self.first) // self.later
+
+
+def chunk_sizes(config: StreamConfig, initial: int = 0) -> ChunkSizes:
+    """The chunks of a stream, those included that its `initial` given frames are taken in by."""
+    first = (initial % config.chunk or config.chunk) if initial else config.first_chunk or config.chunk
+    return ChunkSizes(first, config.chunk)
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """A chunk's place in a BlockRing: the slot of its first frame, and the slots that are visible."""
+
+    slot: int
+    visible: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockRing:
+    """A ring for writers that put a chunk in neighbouring slots with one write: it shows what `ring` shows.
+
+    Every chunk has a block of slots to itself; a block is used again once nothing in it is visible. Where the window,
+    the sink and the first chunk are whole chunks, the slots are those of `ring`. Elsewhere a block may hold frames that
+    have left the window beside others that have not, so that what is visible has holes.
+    """
+
+    ring: Ring
+    sizes: ChunkSizes
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether what is visible may be something else than the first so many slots."""
+        sizes = self.sizes
+        return sizes.first < sizes.later or any(n % sizes.later for n in (self.ring.slots, self.ring.sink))
+
+    @property
+    def slots(self) -> int:
+        return (self._sink_blocks + self._rolling_blocks) * self.sizes.later
+
+    @property
+    def _sink_blocks(self) -> int:
+        return self.sizes.holding(self.ring.sink - 1) + 1 if self.ring.sink else 0
+
+    @property
+    def _rolling_blocks(self) -> int:
+        return -(-(self.ring.slots - self.ring.sink) // self.sizes.later)
+
+    def plan(self, plan: ChunkPlan) -> BlockPlan:
+        """The place here of a chunk that `ring` planned."""
+        return BlockPlan(self._slot(plan.frames.start), tuple(map(self._slot, self.ring.visible_frames(plan))))
+
+    def _slot(self, frame: int) -> int:
+        number = self.sizes.holding(frame)
+        block, sink_blocks = number, self._sink_blocks
+        if number >= sink_blocks:
+            block = sink_blocks + (number - sink_blocks) % self._rolling_blocks
+        return block * self.sizes.later + frame - self.sizes.start(number)

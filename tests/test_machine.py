@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -39,3 +40,13 @@ def test_a_driver_library_that_fails_is_no_driver(monkeypatch: pytest.MonkeyPatc
     module = Path("/sys/module/nvidia/version")
     monkeypatch.setitem(sys.modules, "pynvml", ModuleType("pynvml"))  # installed, but nothing works
     assert machine.driver_version() == (module.read_text().strip() if module.exists() else None)
+
+
+def test_peak_memory_is_this_programs_own() -> None:
+    peak = machine.peak_memory()
+    if peak is None:
+        pytest.skip("the system does not say")
+    script = "from sfrt.machine import peak_memory; print(peak_memory())"
+    np.ones(256 << 20, np.uint8)  # a program started from here does not inherit this peak
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 1 << 20 < int(child.stdout) < 256 << 20 <= (machine.peak_memory() or 0)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sfrt.config import StreamConfig
 from sfrt.errors import ConfigError
-from sfrt.ring import Ring, ring_for
+from sfrt.ring import BlockRing, ChunkSizes, Ring, chunk_sizes, ring_for
 
 
 @st.composite
@@ -73,3 +73,37 @@ def test_ring_size_follows_window_and_limit() -> None:
     assert ring_for(StreamConfig(window=None), 30) == Ring(30)
     with pytest.raises(ConfigError, match="limit"):
         ring_for(StreamConfig(window=None))
+
+
+@st.composite
+def block_rings(draw: st.DrawFn) -> BlockRing:
+    later = draw(st.integers(1, 5))
+    first = draw(st.integers(1, later))
+    sink = draw(st.integers(0, 7))
+    return BlockRing(Ring(sink + later + draw(st.integers(0, 9)), sink), ChunkSizes(first, later))
+
+
+@given(block_rings(), st.integers(1, 30))
+def test_blocks_show_what_the_ring_shows_with_one_write_a_chunk(blocks: BlockRing, chunks: int) -> None:
+    ring, sizes = blocks.ring, blocks.sizes
+    in_slot: dict[int, int] = {}
+    for number in range(chunks):
+        count = sizes.later if number else sizes.first
+        plan = ring.plan(sizes.start(number), count)
+        place = blocks.plan(plan)
+        in_slot.update({place.slot + i: frame for i, frame in enumerate(plan.frames)})
+        assert max(in_slot) < blocks.slots
+        assert sorted(in_slot[slot] for slot in place.visible) == sorted(ring.visible_frames(plan))
+        if not blocks.has_holes:
+            assert sorted(place.visible) == list(range(plan.visible)), "the first slots"
+            assert place.slot == plan.runs[0].slot and len(plan.runs) == 1 and blocks.slots == ring.slots
+
+
+def test_chunk_sizes_of_a_stream() -> None:
+    stream = StreamConfig(chunk=3, first_chunk=1)
+    assert chunk_sizes(stream) == ChunkSizes(1, 3)
+    assert chunk_sizes(stream, initial=6) == ChunkSizes(3, 3)
+    assert chunk_sizes(stream, initial=7) == ChunkSizes(1, 3), "given frames are taken in with the odd ones first"
+    sizes = ChunkSizes(2, 3)
+    assert [sizes.holding(frame) for frame in range(9)] == [0, 0, 1, 1, 1, 2, 2, 2, 3]
+    assert [sizes.start(number) for number in range(4)] == [0, 2, 5, 8]

@@ -1,0 +1,105 @@
+"""The exported graphs: their files, their inputs, their outputs. Export writes them, backends bind them.
+
+Every graph exists once per dtype it computes in, as NAME.DTYPE.onnx beside the safetensors file that holds its weights.
+Shapes: L tokens of a chunk, R tokens that the ring has room for, N steps, S text slots, H heads of d, P token features,
+D model features; C × h × w latents; B = 1 throughout.
+
+    step, refresh     one pass over a chunk; refresh ends at the last layer's keys and values
+    …_masked          the same for rings in which what is visible is not simply the first so many tokens
+    modulation        timestep embeddings → the adaptive norms of every layer
+    text_kv           prompt embeddings → every layer's text keys and values
+    text_encoder      token ids → prompt embeddings
+    decoder_first     the first chunk of a video → pixels, state
+    decoder           a later chunk and the state before it → pixels, state
+    encoder_first, encoder    the same from pixels to latents
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+GraphName = Literal[
+    "step",
+    "step_masked",
+    "refresh",
+    "refresh_masked",
+    "modulation",
+    "text_kv",
+    "text_encoder",
+    "decoder_first",
+    "decoder",
+    "encoder_first",
+    "encoder",
+]
+
+OF_PART: Final[dict[str, tuple[GraphName, ...]]] = {
+    "transformer": ("step", "step_masked", "refresh", "refresh_masked", "modulation", "text_kv"),
+    "decoder": ("decoder_first", "decoder", "encoder_first", "encoder"),
+    "text_encoder": ("text_encoder",),
+}
+"""The graphs of each part of a bundle; they refer to the weights in PART.safetensors."""
+
+Kind = Literal["k", "v"]
+KINDS: tuple[Kind, Kind] = ("k", "v")
+
+OPSET: Final = 24
+
+# step and refresh: inputs
+TOKENS: Final = "tokens"  # float32 [L, P]
+STEP: Final = "step"  # int64 []: row of the modulation tables
+ROTARY_COS: Final = "rotary_cos"  # float32 [1, L, d/2]
+ROTARY_SIN: Final = "rotary_sin"
+WRITE_AT: Final = "write_at"  # int64 [1]: the ring's token where the chunk's first one goes
+VALID: Final = "valid"  # int64 [1]: how many of the ring's first tokens are visible
+VISIBLE: Final = "visible"  # bool [1, R], in the masked variants instead of it
+
+# step's output; both also give the rings back
+FLOW: Final = "flow"  # float32 [L, P]
+
+# modulation; its outputs are inputs of step and refresh
+TIMESTEP_EMBEDDING: Final = "timestep_embedding"  # float32 [N, freq_dim]
+MODULATION_BLOCKS: Final = "modulation_blocks"  # [N, 6 · layers, D]
+MODULATION_HEAD: Final = "modulation_head"  # [N, 2, D]
+
+# text_encoder and text_kv
+TOKEN_IDS: Final = "token_ids"  # int64 [1, S'], without padding
+EMBEDS: Final = "embeds"  # float32 [S, text_dim]
+
+# decoder and encoder; state tensors are state.0, state.1, …, and come out as next_state.0, …
+LATENTS: Final = "latents"  # float32 [1, T, C, h, w]
+PIXELS: Final = "pixels"  # float32 [1, F, 3, H, W] in [0, 1]
+
+
+def ring_in(kind: Kind, layer: int) -> str:
+    """A layer's ring before the pass, [1, H, R, d]."""
+    return f"ring_{kind}.{layer}"
+
+
+def ring_out(kind: Kind, layer: int) -> str:
+    """The same ring after it; bound to the same memory, so that it is written in place."""
+    return f"ring_{kind}_out.{layer}"
+
+
+def text(kind: Kind, layer: int) -> str:
+    """A layer's text keys or values, [1, H, S, d]: out of text_kv, into step and refresh."""
+    return f"text_{kind}.{layer}"
+
+
+def state_in(index: int) -> str:
+    """What a decoder or encoder carries from chunk to chunk, in running order."""
+    return f"state.{index}"
+
+
+def state_out(index: int) -> str:
+    """What it leaves for the next chunk."""
+    return f"next_state.{index}"
+
+
+def graph_file(name: GraphName, dtype: str) -> str:
+    """The graph's file in a bundle."""
+    return f"{name}.{dtype}.onnx"
+
+
+def graph_files(part: str, dtype: str) -> tuple[str, ...]:
+    """The files of all graphs of a bundle's part in one dtype."""
+    return tuple(graph_file(name, dtype) for name in OF_PART[part])
