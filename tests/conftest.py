@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -78,3 +80,38 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.add_tokenizer(folder / "tokenizer.json")
         writer.finish(manifest)
     return folder / "tiny"
+
+
+@pytest.fixture(scope="session")
+def golden_rollout(golden: Path) -> Callable[..., float]:
+    """(checkpoint, output, **options) → relative error of the golden latents, rolled out by the runtime.
+
+    The checkpoint is of the golden DiT in any spelling; output is the bundle to make; options are those of an export.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from sfrt import Runtime
+    from sfrt.ops.layout import tokens_from_latents
+    from sfrt_export.export import export_checkpoint
+
+    case = load_file(golden / "dit" / "chunk3_3steps_shift8" / "tensors.safetensors")
+    settings = {"window": None, "steps": (1000.0, 757.0, 522.0), "warp": False, "shift": 8.0, "height": 48, "width": 64}
+
+    def roll_out(checkpoint: Path, output: Path, **options: Any) -> float:
+        options = {"family": "self-forcing", "heads": 2, "text_len": 24, "stream": settings, **options}
+        model = export_checkpoint(checkpoint, output, **options).manifest.model
+        drawn = iter(sorted(name for name in case if name.startswith("renoise.")))
+
+        def golden_noise(frames: range, steps: int) -> torch.Tensor:
+            start = case["noise"][0, frames.start : frames.stop]
+            between = [case[next(drawn)] for _ in range(steps - 1)]
+            return torch.stack([tokens_from_latents(normals, model) for normals in (start, *between)])
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sfrt.runtime.philox_noise", lambda *_: golden_noise)
+            with Runtime(output, device="cpu").session(case["prompt_embeds"][0], limit=2) as session:
+                latents = torch.cat([chunk.latents for chunk in session])
+        return float((latents - case["latents"][0]).norm() / case["latents"][0].norm())
+
+    return roll_out

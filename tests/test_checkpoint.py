@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sfrt.backends import Grid, load_backend
+from sfrt.backends import Grid
+from sfrt.backends.torch import TorchBackend
 from sfrt.config import ModelConfig, StreamConfig, WanVaeConfig
 from sfrt.decoders.wan_vae import WanVae
 from sfrt.errors import CheckpointError, ConfigError
 from sfrt.ops.layout import latents_from_tokens, tokens_from_latents
-from sfrt.ring import ring_for
+from sfrt.ring import chunk_sizes, ring_for
 from sfrt.text import Umt5Encoder
 from sfrt.transformer import Transformer
 from sfrt_export import spellings
@@ -97,6 +98,7 @@ SPELLINGS: dict[str, Callable[[Tensors], Any]] = {
     "generator beside other things": lambda w: {"generator": prefixed(w, "model."), "step": 600, "critic": {}},
     "both kinds": lambda w: {"generator": w, "generator_ema": {k: v + 1 for k, v in w.items()}},
     "only averaged": lambda w: {"generator_ema": prefixed(w, "model.")},
+    "averaged, wrapped by fsdp": lambda w: {"generator_ema": prefixed(w, "model._fsdp_wrapped_module.")},
     "state_dict": lambda w: {"state_dict": prefixed(w, "net.")},
     "model": lambda w: {"model": w, "epoch": 3},
     "nested": lambda w: {"state_dict": {"generator": prefixed(w, "model.")}},
@@ -104,6 +106,7 @@ SPELLINGS: dict[str, Callable[[Tensors], Any]] = {
     "diffusers": in_diffusers_names,
     "flat with model.": lambda w: prefixed(w, "model."),
 }
+AVERAGED = {"only averaged", "averaged, wrapped by fsdp"}
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -113,6 +116,24 @@ def test_every_spelling_loads_to_the_same_tensors(tmp_path: Path, weights: Tenso
     assert loaded.tensors.keys() == weights.keys()
     assert all(torch.equal(loaded.tensors[name], weights[name]) for name in weights)
     assert loaded.config == ModelConfig(128, 256, 2, 2, 64, 48, 24)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_rolls_out_to_the_golden_latents(
+    tmp_path: Path, weights: Tensors, spelling: str, golden_rollout: Callable[..., float]
+) -> None:
+    torch.save(SPELLINGS[spelling](weights), tmp_path / "model.pt")
+    assert golden_rollout(tmp_path / "model.pt", tmp_path / "bundle", ema=spelling in AVERAGED) <= 1e-4
+
+
+def test_a_diffusers_folder_rolls_out_to_the_golden_latents(
+    tmp_path: Path, weights: Tensors, golden_rollout: Callable[..., float]
+) -> None:
+    folder = tmp_path / "pipeline" / "transformer"
+    folder.mkdir(parents=True)
+    save_file(in_diffusers_names(weights), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 2, "text_len": 24, "num_layers": 2}))
+    assert golden_rollout(tmp_path / "pipeline", tmp_path / "bundle", heads=None, text_len=None) <= 1e-4
 
 
 @pytest.mark.parametrize("spelling", ["flat", "diffusers", "flat with model."])
@@ -158,7 +179,8 @@ ADAPTERS: dict[str, Callable[[Tensors], Any]] = {
 def test_adapters_are_refused(tmp_path: Path, weights: Tensors, kind: str) -> None:
     torch.save(ADAPTERS[kind](weights), tmp_path / "lora.pt")
     with pytest.raises(
-        CheckpointError, match=rf"holds an adapter \(.*{kind.split()[0]}.*\), .*; give the path of the base"
+        CheckpointError,
+        match=rf"lora\.pt holds an adapter \(.*{kind.split()[0]}.*\), .*; export its base .* with --lora FILE$",
     ):
         load(tmp_path / "lora.pt")
 
@@ -453,7 +475,8 @@ def test_converted_weights_compute_the_published_flow(weights: Tensors) -> None:
     stream, grid, cpu = StreamConfig(height=48, width=64), Grid(3, 4), torch.device("cpu")
     ring = ring_for(stream)
     with torch.inference_mode():
-        rollout = load_backend("torch", config, state, cpu, torch.float32).rollout(grid, ring, (1000.0,))
+        backend = TorchBackend(config, state, cpu, torch.float32)
+        rollout = backend.rollout(grid, ring, chunk_sizes(stream), (1000.0,))
         rollout.set_text(golden["prompt_embeds"][0])
         rollout.place(ring.plan(0, 3))
         tokens = rollout.flow(tokens_from_latents(golden["call.000.x"][0], config), 1000.0)
@@ -574,7 +597,10 @@ def test_settings_of_the_families() -> None:
     assert (pp.chunk, pp.steps, pp.first_steps) == (1, (1000, 500), (1000, 750, 500, 250))
     assert (longlive.chunk, longlive.window, longlive.sink, longlive.shift) == (3, 12, 3, 5)
     assert (causvid.steps, causvid.warp, causvid.shift) == ((1000, 757, 522), False, 8)
-    assert FAMILIES["self-forcing"].stream == StreamConfig() and FAMILIES["self-forcing"].prefer_ema
+    assert FAMILIES["self-forcing"].stream == FAMILIES["causal-forcing"].stream == StreamConfig()
+    assert FAMILIES["causal-forcing-framewise"].stream == StreamConfig(chunk=1)
+    averaged = {"self-forcing", "causal-forcing-framewise", "causal-forcing-pp"}
+    assert {name for name, family in FAMILIES.items() if family.prefer_ema} == averaged
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.unsupported])
@@ -585,11 +611,26 @@ def test_families_that_need_more_than_settings(name: str) -> None:
         family_of(name, Path("model.pt"))
 
 
-def test_unsupported_families_are_known_by_their_files() -> None:
-    with pytest.raises(ConfigError, match="rolling-forcing checkpoints need more"):
-        family_of(None, Path("rolling_forcing_dmd.pt"))
-    for name in ("longlive2.pt", "LongLive-2.0.pt", "longlive_2_20260901.pt"):
-        with pytest.raises(ConfigError, match="longlive2 checkpoints need more"):
-            family_of(None, Path(name))
+@pytest.mark.parametrize(
+    ("file", "name", "reason"),
+    [
+        ("rolling_forcing_dmd.pt", "rolling-forcing", "denoises several chunks jointly"),
+        ("Reward-Forcing-T2V-1.3B/rewardforcing.pt", "reward-forcing", "its sink is a moving average"),
+        ("MemFlow/base.pt", "memflow", "retrieves past frames from a memory bank"),
+        ("longlive2.pt", "longlive2", "is another model than Wan 2.1"),
+        ("LongLive-2.0.pt", "longlive2", "is another model than Wan 2.1"),
+        ("longlive_2_20260901.pt", "longlive2", "is another model than Wan 2.1"),
+        ("Infinite-Forcing/ema_model.pt", "infinite-forcing", "rotates them when they are read"),
+        ("krea-realtime-video-14b.safetensors", "krea", "rebuilds its cache"),
+        ("wan_causal_dmd_v2v/model.pt", "streamdiffusionv2", "starts from a source video"),
+    ],
+)
+def test_unsupported_families_are_known_by_their_files(file: str, name: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} checkpoints need more than settings: its? .*; this is") as caught:
+        family_of(None, Path("downloads") / file)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_family() -> None:
     with pytest.raises(ConfigError, match="no family is called 'best'; choose one of: self-forcing, causal-forcing"):
         family_of("best", Path("model.pt"))

@@ -1,7 +1,7 @@
 """Published layouts of the causal DiT, and of the parts beside it, to one: unwrapped, renamed, checked strictly.
 
 The result is a mapping of published names to tensors, still mapped from the file: what is to be done with weights
-before they are exported (such as merging an adapter) is done to such a mapping.
+before they are exported (such as merging an adapter: lora.py) is done to such a mapping.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def _refuse_adapter(source: Source, data: Mapping[str, Any]) -> None:
     adapter = sorted(name for name in map(str, data) if _ADAPTER.search(name))
     if adapter:
         raise CheckpointError(
-            f"{source.path} holds an adapter ({few(adapter)}), which cannot be merged yet; "
-            "give the path of the base checkpoint alone to export it without"
+            f"{source.path} holds an adapter ({few(adapter)}), which alone is no model; "
+            "export its base checkpoint, and give the adapter's own file with --lora FILE"
         )
 
 

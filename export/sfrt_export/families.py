@@ -20,8 +20,8 @@ class Family:
     """One family. prefer_ema picks among the weights of a file that has both kinds.
 
     files are beginnings of the file names that its checkpoints go by, in lower case without separators; FOLDER/NAME
-    where only the folder tells. caution is what to know of an exported bundle, unsupported the reason why settings
-    alone do not run the family, None where there is none.
+    where only the folder tells. caution is what to know of an exported bundle, without_adapter what to know of one that
+    no adapter was merged into, unsupported the reason why settings alone do not run the family; None: there is none.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Family:
     stream: StreamConfig = field(default_factory=StreamConfig)
     prefer_ema: bool = False
     caution: str | None = None
+    without_adapter: str | None = None
     unsupported: str | None = None
 
 
@@ -60,7 +61,8 @@ _ALL = (
         "arXiv 2509.22622",
         ("longlive",),
         StreamConfig(window=12, sink=3),
-        caution="the adapter that longlive checkpoints come with (lora.pt) is not merged: this is the base model alone",
+        without_adapter="the adapter that longlive checkpoints come with (lora.pt) is not merged: "
+        "this is the base model alone (--lora FILE merges it)",
     ),
     Family(
         "causvid",

@@ -50,7 +50,7 @@ def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def module_tensors(
     config: ModelConfig,
-    published: Mapping[str, Tensor],
+    published: Mapping[str, Tensor | LazyTensor],
     dtype: torch.dtype | None = None,
     check: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> dict[str, LazyTensor]:
@@ -58,7 +58,7 @@ def module_tensors(
 
     Attention's products become one weight each. The patch embedding becomes a matrix over features in the order (patch
     row, patch column, channel), which is the order of the head's output, so that latents stay tokens between the steps.
-    check sees each published tensor as it is read and returns it.
+    check sees each published tensor as it is read (a lazy one: made) and returns it.
     """
 
     def entry(name: str, shape: tuple[int, ...]) -> LazyTensor:
@@ -67,7 +67,7 @@ def module_tensors(
         target = stored if dtype is None else dtype
 
         def make() -> Tensor:
-            parts = [check(origin, published[origin]) for origin in origins]
+            parts = [check(origin, _made(published[origin])) for origin in origins]
             joined = torch.cat(parts) if len(parts) > 1 else parts[0]
             if name == _PATCH_WEIGHT:
                 joined = joined.permute(0, 2, 3, 4, 1)
@@ -76,6 +76,10 @@ def module_tensors(
         return LazyTensor(shape, target, make)
 
     return {name: entry(name, shape) for name, shape in module_shapes(config).items()}
+
+
+def _made(tensor: Tensor | LazyTensor) -> Tensor:
+    return tensor.make() if isinstance(tensor, LazyTensor) else tensor
 
 
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

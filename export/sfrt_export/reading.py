@@ -56,7 +56,7 @@ def read_source(path: Path, subfolder: str) -> Source:
 
 def _config_of(folder: Path) -> Mapping[str, Any]:
     path = folder / "config.json"
-    return _read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
@@ -68,7 +68,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             "keep the one you mean in the folder"
         )
     if indexes:
-        listed = _read_json(indexes[0]).get("weight_map")
+        listed = read_json(indexes[0]).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise CheckpointError(f"{indexes[0]} lists no files (weight_map); download the folder again")
         # Only names inside the folder: an index must not lead elsewhere.
@@ -80,7 +80,8 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     raise CheckpointError(f"{folder} has no weights ({', '.join(_WEIGHTS)}); give the checkpoint file itself")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError where there is none."""
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -97,6 +97,18 @@ def _vae_table() -> dict[str, str]:
 WAN_VAE = _vae_table()
 
 
+def published_name(name: str, table: Mapping[str, str]) -> str:
+    """A parameter's published name; the name itself where the table does not have it."""
+    stem, dot, leaf = name.rpartition(".")
+    if leaf not in ("weight", "bias", "gamma"):
+        stem, dot, leaf = name, "", ""
+    number = re.search(r"\.(\d+)\.", stem)
+    for key in (stem, stem.replace(number[0], ".*.", 1) if number else stem):
+        if key in table:
+            return table[key].replace("*", number[1] if number else "") + dot + leaf
+    return name
+
+
 def published_names(path: Path, tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
     """The same tensors under published names. Two names for one parameter (tied embeddings) become one entry.
 
@@ -104,7 +116,7 @@ def published_names(path: Path, tensors: Mapping[str, Tensor], table: Mapping[st
     """
     published: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        new = _published(name, table)
+        new = published_name(name, table)
         if not _same(published.setdefault(new, tensor), tensor):
             raise CheckpointError(
                 f"{path} holds two different tensors for {new}, one of them {name}; it is not one model"
@@ -114,14 +126,3 @@ def published_names(path: Path, tensors: Mapping[str, Tensor], table: Mapping[st
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one is other or (one.dtype == other.dtype and torch.equal(one, other))
-
-
-def _published(name: str, table: Mapping[str, str]) -> str:
-    stem, dot, leaf = name.rpartition(".")
-    if leaf not in ("weight", "bias", "gamma"):
-        stem, dot, leaf = name, "", ""
-    number = re.search(r"\.(\d+)\.", stem)
-    for key in (stem, stem.replace(number[0], ".*.", 1) if number else stem):
-        if key in table:
-            return table[key].replace("*", number[1] if number else "") + dot + leaf
-    return name
