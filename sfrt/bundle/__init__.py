@@ -15,7 +15,6 @@ from threading import Event
 from typing import TYPE_CHECKING, Literal
 
 from sfrt.bundle.manifest import (
-    HOW_TO_ADD,
     MANIFEST,
     TOKENIZER,
     DTypeName,
@@ -23,9 +22,12 @@ from sfrt.bundle.manifest import (
     Manifest,
     TaehvPart,
     WanVaePart,
+    how_to_add,
     read_manifest,
 )
+from sfrt.bundle.quantization import Quantization, in_dtype
 from sfrt.errors import BundleError
+from sfrt.graphs import graph_files
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +40,7 @@ __all__ = [
     "FileInfo",
     "Manifest",
     "Part",
+    "Quantization",
     "TaehvPart",
     "WanVaePart",
     "hash_file",
@@ -103,6 +106,8 @@ class Bundle:
     ) -> dict[str, Tensor]:
         """One part's tensors by parameter name; dtype None leaves them as stored. verify hashes their file before.
 
+        Quantised weights and their scales are left as stored in any case.
+
         On the CPU they are mapped from the file and take no memory until touched, unless dtype makes copies.
         Raises BundleError when the bundle lacks the part, or its file is damaged or no safetensors file.
         """
@@ -113,9 +118,25 @@ class Bundle:
             self.verify(path.name)
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                return {name: file.get_tensor(name).to(dtype=dtype) for name in file.keys()}  # noqa: SIM118
+                return {name: in_dtype(name, file.get_tensor(name), dtype) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise BundleError(f"{path} cannot be read ({error}); copy or export the bundle again") from None
+
+    def graph_folder(self, part: Part, dtype: DTypeName, *, verify: bool = False) -> Path:
+        """Where the ONNX graphs of a part lie, beside the weights they refer to; verify hashes them all.
+
+        Raises BundleError when the bundle lacks the part or has no graphs in this dtype, or a file is damaged.
+        """
+        self._file(f"{part}.safetensors")
+        if dtype not in self.manifest.graph_dtypes(part):
+            there = ", ".join(self.manifest.graph_dtypes(part))
+            raise BundleError(
+                f"the bundle {self.path} has {f'graphs in {there} only' if there else 'no ONNX graphs'}; "
+                f"export the checkpoint again with --onnx --onnx-dtype {dtype}"
+            )
+        if verify:
+            self.verify(f"{part}.safetensors", *graph_files(part, dtype))
+        return self.path
 
     @property
     def tokenizer_path(self) -> Path:
@@ -124,7 +145,7 @@ class Bundle:
 
     def _file(self, name: str) -> Path:
         if name not in self.manifest.files:
-            raise BundleError(f"the bundle {self.path} has no {name}; {HOW_TO_ADD[name]}")
+            raise BundleError(f"the bundle {self.path} has no {name}; {how_to_add(name)}")
         return self.path / name
 
     def _check_size(self, name: str, info: FileInfo) -> None:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from sfrt.bundle.quantization import Quantization
 from sfrt.bundle.schema import SchemaError, from_json, to_json
 from sfrt.config import ModelConfig, StreamConfig, TaehvConfig, Umt5Config, WanVaeConfig
 from sfrt.errors import BundleError, ConfigError
+from sfrt.graphs import graph_files
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -26,6 +28,7 @@ HOW_TO_ADD = {
     "text_encoder.safetensors": _ADD_TEXT,
     TOKENIZER: _ADD_TEXT,
 }
+_ADD_GRAPHS = "export the checkpoint again with --onnx"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
@@ -64,8 +67,9 @@ class Manifest:
 
     decoder and text_encoder are None where the bundle has none. weights says which of a training's weights the
     transformer holds: the name they had in the checkpoint, such as generator_ema, or flat where they had none. dtype is
-    that of these weights as stored, or of most of them. source describes the files that the bundle was made from, files
-    those it consists of, by name.
+    that of these weights as stored, or of most of them; of those that are not quantised, where some are. graphs are the
+    dtypes that it has ONNX graphs in. quantization is None where no weights are quantised. source describes the files
+    that the bundle was made from, files those it consists of, by name.
     Raises ConfigError when the parts do not fit each other.
     """
 
@@ -78,6 +82,8 @@ class Manifest:
     created_by: str
     decoder: TaehvPart | WanVaePart | None = None
     text_encoder: Umt5Config | None = None
+    graphs: tuple[DTypeName, ...] = ()
+    quantization: Quantization | None = None
     source: dict[str, FileInfo] = field(default_factory=dict)
     files: dict[str, FileInfo] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -104,7 +110,17 @@ class Manifest:
             names.append("decoder.safetensors")
         if self.text_encoder is not None:
             names += ["text_encoder.safetensors", TOKENIZER]
-        return tuple(names)
+        parts = [name.removesuffix(".safetensors") for name in names if name != TOKENIZER]
+        return (
+            *names,
+            *(file for part in parts for dtype in self.graph_dtypes(part) for file in graph_files(part, dtype)),
+        )
+
+    def graph_dtypes(self, part: str) -> tuple[DTypeName, ...]:
+        """The dtypes of a part's graphs; a TAEHV beside a bfloat16 model is in float16 (see sfrt.decoders)."""
+        if part != "decoder" or not isinstance(self.decoder, TaehvPart):
+            return self.graphs
+        return tuple(dict.fromkeys("float16" if dtype == "bfloat16" else dtype for dtype in self.graphs))
 
     def dumps(self) -> str:
         """The text of manifest.json."""
@@ -128,6 +144,11 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def how_to_add(name: str) -> str:
+    """What to do about a file that a bundle lacks."""
+    return HOW_TO_ADD.get(name, _ADD_GRAPHS)
+
+
 def _check_version(path: Path, data: object) -> None:
     """Before the keys: a newer schema is expected to have others, and that is what to say about it."""
     version = data.get("schema_version") if isinstance(data, dict) else None
@@ -143,7 +164,7 @@ def _check_version(path: Path, data: object) -> None:
 def _check_files(path: Path, files: Mapping[str, FileInfo], expected: tuple[str, ...]) -> None:
     for name in expected:
         if name not in files:
-            raise BundleError(f"{path}: files.{name} is missing; {HOW_TO_ADD[name]}")
+            raise BundleError(f"{path}: files.{name} is missing; {how_to_add(name)}")
     for name in files:
         if name not in expected:
             raise BundleError(f"{path}: files.{name} belongs to no part of this bundle; export the checkpoint again")

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from sfrt.bundle import Bundle, Part
+from sfrt.bundle import Bundle, Part, hash_file
 from sfrt.bundle.manifest import MANIFEST, TOKENIZER, FileInfo, Manifest
 from sfrt.errors import BundleError
 
@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_DTYPE_NAMES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+_DTYPE_NAMES = {
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int8": "I8",
+    "torch.float8_e4m3fn": "F8_E4M3",
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,16 @@ class BundleWriter:
         try:
             with (self._work / name).open("wb") as file:
                 self._files[name] = _write_safetensors(file, lazy, progress)
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def add_graphs(self, write: Callable[[Path], Iterable[str]]) -> None:
+        """Take in the files that `write` makes in the folder it is given, where the tensors lie; it names them."""
+        try:
+            names = write(self._work)
+            for name in names:
+                file = self._work / name
+                self._files[name] = FileInfo(file.stat().st_size, hash_file(file))
         except OSError as error:
             raise self._failure(error) from None
 
