@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bench.protocol import Case
-from sfrt.backends import Backend, Grid, Rollout, load_backend
+from sfrt.backends import Backend, Grid, Rollout
 from sfrt.config import DecoderConfig, ModelConfig, StreamConfig, TaehvConfig, WanVaeConfig
 from sfrt.decoders import LoadedDecoder, load_decoder
 from sfrt.decoders.taehv import Taehv
 from sfrt.decoders.wan_vae import WanVae
 from sfrt.device import DTYPES
-from sfrt.ring import Ring, ring_for
+from sfrt.ring import Ring, chunk_sizes, ring_for
 from sfrt.session import Session, Stage, philox_noise
 from sfrt.timesteps import timesteps_of
 from sfrt.transformer import Transformer
+from sfrt_export.parts_on import transformer_on
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,18 @@ SHAPES = {shape.name: shape for shape in (CPU256, WAN_1_3B)}
 class RandomModel:
     """Random weights of a shape on a backend, spread as trained ones are; speed does not depend on them."""
 
-    def __init__(self, shape: Shape, backend: str, dtype: str, device: str) -> None:
+    def __init__(self, shape: Shape, backend: Backend, name: str, dtype: str, device: str) -> None:
         self.shape = shape
+        self.backend = backend
         self.device = torch.device(device)
-        self.dtype = DTYPES[dtype]
-        self._names = (backend, dtype, device)
-        torch.manual_seed(0)
-        weights = random_weights(shape.model, self.device, self.dtype)
-        self.backend: Backend = load_backend(backend, shape.model, weights, self.device, self.dtype)
+        self._names = (name, dtype, device)
         self.grid = Grid.of(shape.model, shape.stream)
         self.text = torch.randn(shape.model.text_len, shape.model.text_dim, device=self.device)
 
     def rollout(self, ring: Ring) -> Rollout:
         """Without a prompt yet."""
-        return self.backend.rollout(self.grid, ring, timesteps_of(self.shape.stream))
+        stream = self.shape.stream
+        return self.backend.rollout(self.grid, ring, chunk_sizes(stream), timesteps_of(stream))
 
     def full_rollout(self) -> tuple[Rollout, int]:
         """With a prompt and every slot of the ring in view of the next chunk; how many keys that are."""
@@ -103,6 +103,15 @@ class RandomModel:
 
     def case(self) -> Case:
         return case_of(self.shape.name, f"random {self.shape.model}", self.shape.stream, *self._names, decoder=None)
+
+
+@contextmanager
+def random_model(shape: Shape, backend: str, dtype: str, device: str) -> Iterator[RandomModel]:
+    """Ready to be measured. Raises ConfigError or DeviceError where this backend does not run so here."""
+    torch.manual_seed(0)
+    weights = random_weights(shape.model, torch.device(device), DTYPES[dtype])
+    with transformer_on(backend, shape.model, weights, torch.device(device), DTYPES[dtype]) as running:
+        yield RandomModel(shape, running, backend, dtype, device)
 
 
 def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

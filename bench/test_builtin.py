@@ -16,6 +16,7 @@ from bench.models import case_of
 from bench.protocol import Case, Figure, peak
 from sfrt import Runtime
 from sfrt.backends import BACKENDS
+from sfrt.errors import BundleError, ConfigError, DeviceError
 from sfrt.ops.layout import frames_from_pixels
 
 PROMPT = "a red circle moving left on a white background"
@@ -25,7 +26,10 @@ CHUNKS = 20
 @pytest.fixture(scope="module", params=list(itertools.product(BACKENDS, ("float32", "bfloat16"))), ids="-".join)
 def setup(request: pytest.FixtureRequest, device: str) -> tuple[Runtime, Case]:
     backend, dtype = request.param
-    runtime = Runtime(device=device, dtype=dtype, backend=backend)
+    try:
+        runtime = Runtime(device=device, dtype=dtype, backend=backend)
+    except (BundleError, ConfigError, DeviceError) as reason:
+        pytest.skip(str(reason))
     decoder = runtime.manifest.decoder
     names = (backend, dtype, device)
     kind = decoder.kind if decoder else None

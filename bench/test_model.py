@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.conftest import Record, milliseconds
-from bench.models import RandomModel, Shape
+from bench.models import RandomModel, Shape, random_model
 from bench.protocol import Figure, peak
 from bench.roofline import matrix_rate, operations
 from sfrt.backends import BACKENDS
+from sfrt.errors import ConfigError, DeviceError
 from sfrt.session import Session
 
 CHUNKS = 7
 
 
 @pytest.fixture(scope="module", params=list(itertools.product(BACKENDS, ("float32", "bfloat16"))), ids="-".join)
-def model(request: pytest.FixtureRequest, shape: Shape, device: str) -> RandomModel:
+def model(request: pytest.FixtureRequest, shape: Shape, device: str) -> Iterator[RandomModel]:
     backend, dtype = request.param
-    return RandomModel(shape, backend, dtype, device)
+    with ExitStack() as stack:
+        try:
+            ready = stack.enter_context(random_model(shape, backend, dtype, device))
+        except (ConfigError, DeviceError) as reason:
+            pytest.skip(str(reason))
+        yield ready
 
 
 def test_step(benchmark: BenchmarkFixture, model: RandomModel, record: Record) -> None:

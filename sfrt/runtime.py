@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sfrt.backends import Backend, Grid, load_backend, require_backend
+from sfrt.backends import Grid
+from sfrt.backends.loading import choose_backend, decoder_of, text_encoder_of, transformer_of
 from sfrt.bundle import Bundle, Manifest, resolve_model
 from sfrt.config import StreamConfig
-from sfrt.decoders import LoadedDecoder, load_decoder
-from sfrt.device import memory_told, require_memory, resolve_device, resolve_dtype
+from sfrt.device import memory_told, resolve_device, resolve_dtype
 from sfrt.errors import BundleError, ConfigError, MediaError, PromptError
 from sfrt.noise import check_seed
-from sfrt.ring import chunk_size, ring_for
+from sfrt.ring import chunk_sizes, ring_for
 from sfrt.session import Session, Stage, philox_noise
-from sfrt.text import TextEncoder, clean_prompt, load_text_encoder
+from sfrt.text import TextEncoder, clean_prompt
 from sfrt.timesteps import timesteps_of
 
 
@@ -28,7 +28,7 @@ class Runtime:
             for chunk in session:
                 show(chunk.frames)  # uint8 [F, H, W, 3]
 
-    Attributes: manifest (what the bundle says of itself), stream (its default settings), device, dtype.
+    Attributes: manifest (what the bundle says of itself), stream (its default settings), device, dtype, backend.
     """
 
     def __init__(
@@ -37,26 +37,27 @@ class Runtime:
         *,
         device: str = "auto",
         dtype: str = "auto",
-        backend: str = "torch",
+        backend: str = "auto",
         verify: bool = True,
     ) -> None:
         """Open a bundle's folder; None is the built-in model.
 
         device is auto, cpu, cuda or cuda:N; dtype is auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or
-        float16. verify hashes each of the bundle's files before it is used.
+        float16. backend is auto (see `sfrt.backends.loading`), torch, onnx (also onnx:PROVIDER: cpu, cuda or tensorrt)
+        or tensorrt. verify hashes each of the bundle's files before it is used.
         Raises BundleError, DeviceError or ConfigError where one of these does not fit.
         """
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
-        require_backend(backend)
         self._bundle = Bundle.open(resolve_model(model), verify=False)
+        self.backend: str = choose_backend(self._bundle, backend, self.device, self.dtype)
         self._verify = verify
         self.manifest: Manifest = self._bundle.manifest
         self.stream: StreamConfig = self.manifest.stream
         self._text: TextEncoder | None = None
         with memory_told(f"the model {self.manifest.name!r}", self.device):
-            self._backend = self._load_backend(backend)
-            self._decoder = self._load_decoder()
+            self._transformer = transformer_of(self._bundle, self.backend, self.device, self.dtype, verify=verify)
+            self._decoder = decoder_of(self._bundle, self.backend, self.device, self.dtype, verify=verify)
 
     def session(
         self,
@@ -82,13 +83,14 @@ class Runtime:
         with memory_told("the session", self.device):
             embeds = self._embeddings(prompt)
             latents = None if initial is None else self._encode(initial, stream)
-            ring = ring_for(stream, _frames(stream, limit, 0 if latents is None else latents.shape[0]))
+            given = 0 if latents is None else latents.shape[0]
+            ring = ring_for(stream, _frames(stream, limit, given))
             stage = Stage(
                 model=self.manifest.model,
                 stream=stream,
                 grid=grid,
                 device=self.device,
-                rollout=self._backend.rollout(grid, ring, timesteps_of(stream)),
+                rollout=self._transformer.rollout(grid, ring, chunk_sizes(stream, given), timesteps_of(stream)),
                 ring=ring,
                 noise=philox_noise(seed, grid, self.manifest.model, self.device),
                 decoder=self._decoder,
@@ -106,31 +108,10 @@ class Runtime:
         return prompt
 
     def _text_encoder(self) -> TextEncoder:
-        """The text encoder, loaded when the first prompt comes; in the dtype it is stored in, whatever the model's."""
+        """The text encoder, loaded when the first prompt comes."""
         if self._text is None:
-            self._require_memory_for("text_encoder", "the text encoder")
-            self._text = load_text_encoder(self._bundle, self.device, verify=self._verify)
+            self._text = text_encoder_of(self._bundle, self.backend, self.device, verify=self._verify)
         return self._text
-
-    def _load_backend(self, name: str) -> Backend:
-        stored: torch.dtype = getattr(torch, self.manifest.dtype)
-        self._require_memory_for("transformer", "the transformer", self.dtype.itemsize / stored.itemsize)
-        weights = self._bundle.load("transformer", self.device, self.dtype, verify=self._verify)
-        return load_backend(name, self.manifest.model, weights, self.device, self.dtype)
-
-    def _load_decoder(self) -> LoadedDecoder | None:
-        part = self.manifest.decoder
-        if part is None:
-            return None
-        self._require_memory_for("decoder", "the decoder")
-        weights = self._bundle.load("decoder", self.device, verify=self._verify)
-        return load_decoder(part.config, weights, self.device, self.dtype)
-
-    def _require_memory_for(self, part: str, what: str, growth: float = 1.0) -> None:
-        """Raise DeviceError where a part's tensors, `growth` times their size on disk, do not fit."""
-        info = self.manifest.files.get(f"{part}.safetensors")
-        if info is not None:
-            require_memory(round(info.bytes * growth), what, self.device)
 
     @torch.inference_mode()
     def _encode(self, initial: str | Path | Tensor, stream: StreamConfig) -> Tensor:
@@ -159,4 +140,5 @@ def _frames(stream: StreamConfig, limit: int | None, initial: int) -> int | None
     """How many latent frames a limited stream has in all; None without a limit."""
     if limit is None:
         return None
-    return initial + chunk_size(stream, first_chunk=not initial) + (limit - 1) * stream.chunk
+    first = stream.chunk if initial else chunk_sizes(stream).first
+    return initial + first + (limit - 1) * stream.chunk

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from sfrt.backends import Grid, Rollout
 from sfrt.config import ModelConfig, StreamConfig
-from sfrt.decoders import LoadedDecoder
+from sfrt.decoders import Decoder
 from sfrt.device import memory_told
 from sfrt.metrics import Stopwatch
 from sfrt.noise import chunk_noise
 from sfrt.ops.denoise import follow_flow, predict_x0, renoise
 from sfrt.ops.layout import frames_from_pixels, latents_from_tokens, tokens_from_latents
-from sfrt.ring import ChunkPlan, Ring, chunk_size
+from sfrt.ring import ChunkPlan, Ring, chunk_sizes
 from sfrt.timesteps import Step, steps_of
 
 NoiseSource = Callable[[range, int], Tensor]
@@ -70,7 +70,7 @@ class Stage:
     rollout: Rollout
     ring: Ring
     noise: NoiseSource
-    decoder: LoadedDecoder | None
+    decoder: Decoder | None
 
 
 class Session:
@@ -88,6 +88,7 @@ class Session:
         self._limit = limit
         self._first_steps = steps_of(stage.stream, first_chunk=True)
         self._steps = steps_of(stage.stream)
+        self._sizes = chunk_sizes(stage.stream, 0 if initial is None else initial.shape[0])
         self._index = 0
         self._next_frame = 0
         self._unrefreshed: Tensor | None = None
@@ -133,7 +134,7 @@ class Session:
             self.refresh()
             first, watch = self._next_frame == 0, self._watch
             watch.mark("start")
-            plan = stage.ring.plan(self._next_frame, chunk_size(stage.stream, first_chunk=first))
+            plan = stage.ring.plan(self._next_frame, self._sizes.first if first else self._sizes.later)
             tokens = _denoise(stage, plan, self._first_steps if first else self._steps)
             latents = latents_from_tokens(tokens, stage.model, stage.grid.rows, stage.grid.columns)
             watch.mark("denoised")
@@ -154,8 +155,8 @@ class Session:
     @torch.no_grad()
     def _start_from(self, stage: Stage, latents: Tensor) -> npt.NDArray[np.uint8]:
         """Put given latents in the cache and in the decoder's state, at most a chunk at a time."""
-        remainder = latents.shape[0] % stage.stream.chunk
-        pieces = [remainder] * bool(remainder) + [stage.stream.chunk] * (latents.shape[0] // stage.stream.chunk)
+        sizes = self._sizes
+        pieces = [sizes.first] + [sizes.later] * ((latents.shape[0] - sizes.first) // sizes.later)
         shown = []
         for piece in latents.float().split(pieces):
             plan = stage.ring.plan(self._next_frame, len(piece))

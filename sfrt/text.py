@@ -13,6 +13,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import tokenizers
 import torch
@@ -48,12 +49,17 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor
     return by_offset[position[None, :] - position[:, None] + length - 1]
 
 
+def _embedding(count: int, dim: int) -> nn.Embedding:
+    """A table of vectors, left as it comes: Umt5Encoder fills it."""
+    return nn.Embedding.from_pretrained(torch.empty(count, dim), freeze=False)
+
+
 class PositionBias(nn.Module):
     """A learned number per (bucket, head), added to the attention logits."""
 
     def __init__(self, config: Umt5Config) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(config.num_buckets, config.num_heads)
+        self.embedding = _embedding(config.num_buckets, config.num_heads)
 
     def forward(self, buckets: Tensor) -> Tensor:
         """int64 [L, L] -> float32 [1, heads, L, L]."""
@@ -142,10 +148,15 @@ class Umt5Encoder(nn.Module):
     def __init__(self, config: Umt5Config) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.token_embedding = _embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RmsNorm(config.dim)
-        self._reset_parameters()
+        if not self.token_embedding.weight.is_meta:  # where normals alone would import torch's compiler
+            self._reset_parameters()
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_embedding.weight.device
 
     def _reset_parameters(self) -> None:
         """T5's initialisation (arXiv 1910.10683), with attention's missing scale folded into q."""
@@ -253,20 +264,33 @@ class Tokenizer:
         return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
 
+class PromptEncoder(Protocol):
+    """What turns token ids into embeddings."""
+
+    @property
+    def config(self) -> Umt5Config: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, ids: Tensor, /) -> Tensor:
+        """[1, L, dim] from int64 ids [1, L] without padding."""
+
+
 class TextEncoder:
     """Tokenizer and encoder together, with the embeddings of the latest prompts kept at hand.
 
     Switching back and forth between a few prompts in a live stream then costs nothing.
     """
 
-    def __init__(self, tokenizer: Tokenizer, encoder: Umt5Encoder, cache_size: int = 16) -> None:
+    def __init__(self, tokenizer: Tokenizer, encoder: PromptEncoder, cache_size: int = 16) -> None:
         if tokenizer.vocab_size > encoder.config.vocab_size:
             raise BundleError(
                 f"the tokenizer knows {tokenizer.vocab_size} tokens but the text encoder only "
                 f"{encoder.config.vocab_size}; take both from the same model"
             )
         self.tokenizer = tokenizer
-        self.encoder = encoder.eval()
+        self.encoder = encoder
         self._cache_size = cache_size
         self._cache: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
 
@@ -281,13 +305,19 @@ class TextEncoder:
         if ids in self._cache:
             self._cache.move_to_end(ids)
             return self._cache[ids]
-        device = self.encoder.token_embedding.weight.device
-        embeds: Tensor = self.encoder(torch.tensor([ids], device=device))[0]
+        embeds = self.encoder(torch.tensor([ids], device=self.encoder.device))[0]
         padded = F.pad(embeds, (0, 0, 0, self.tokenizer.text_len - len(ids)))
         self._cache[ids] = padded
         if len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
         return padded
+
+
+def load_tokenizer(bundle: Bundle, *, verify: bool = False) -> Tokenizer:
+    """The tokenizer of a bundle; verify hashes its file. Raises BundleError where there is none or it is damaged."""
+    if verify:
+        bundle.verify(TOKENIZER)
+    return Tokenizer(bundle.tokenizer_path, bundle.manifest.model.text_len)
 
 
 def load_text_encoder(
@@ -297,10 +327,8 @@ def load_text_encoder(
 
     Raises BundleError where the bundle has none, one is damaged, or the two do not fit each other.
     """
-    if verify:
-        bundle.verify("text_encoder.safetensors", TOKENIZER)
-    weights = bundle.load("text_encoder", device, dtype)
-    tokenizer = Tokenizer(bundle.tokenizer_path, bundle.manifest.model.text_len)
+    weights = bundle.load("text_encoder", device, dtype, verify=verify)
+    tokenizer = load_tokenizer(bundle, verify=verify)
     config = bundle.manifest.text_encoder
     assert config is not None  # the manifest lists the tensors exactly when it has their config
     with torch.device("meta"):

@@ -115,7 +115,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.eps = config.eps
-        self.modulation = nn.Parameter(torch.randn(6, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.normal(0.0, config.dim**-0.5, (6, config.dim)))
         self.self_attn = SelfAttention(config)
         self.cross_attn_norm = nn.LayerNorm(config.dim, eps=config.eps)
         self.cross_attn = CrossAttention(config)
@@ -188,7 +188,7 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.eps = config.eps
-        self.modulation = nn.Parameter(torch.randn(2, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.normal(0.0, config.dim**-0.5, (2, config.dim)))
         self.linear = Linear(config.dim, config.token_dim)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:

@@ -25,12 +25,14 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sfrt import Runtime, __version__, cli
 from sfrt.bundle import resolve_model
+from sfrt.cli.streams import Length, _pump
 from sfrt.config import TaehvConfig, Umt5Config
 from sfrt.decoders.taehv import Taehv
 from sfrt.metrics import StreamMeter
@@ -198,10 +200,10 @@ def test_the_refresh_pass_goes_before_the_writing_but_for_the_last(tiny_bundle: 
         def _finish(self) -> None: ...
 
     runtime = Runtime(tiny_bundle, device="cpu")
-    for length in (cli.Length(3), cli.Length(9, frames=30)):
+    for length in (Length(3), Length(9, frames=30)):
         refreshed.clear()
         with runtime.session(PROMPT, limit=length.chunks) as session:
-            frames = cli._pump(session, Watching("nowhere", 48, 32), length, StreamMeter())
+            frames = _pump(session, Watching("nowhere", 48, 32), length, StreamMeter())
         assert frames == (length.frames or 33)
         assert refreshed == [True, True, False]
 
@@ -294,6 +296,24 @@ def test_export_then_generate(run: Run, golden: Path, tiny_bundle: Path, tmp_pat
     assert (said["model"]["text_len"], said["stream"]["window"], said["stream"]["width"]) == (24, 6, 32)
     assert run("generate", PROMPT, "-o", "out.mp4", "--model", "whole", "--chunks", 3).code == 0
     assert len(frames_of("out.mp4")) == 33
+    complaint = run("generate", PROMPT, "-o", "onnx.mp4", "--model", "whole", "--backend", "onnx").complaint
+    assert "has no ONNX graphs" in complaint and not Path("onnx.mp4").exists()
+
+
+def test_export_with_graphs(run: Run, golden: Path) -> None:
+    """ONNX here; TensorRT refused where there is none, with the graphs left whole."""
+    pytest.importorskip("onnx_ir")
+    checkpoint = golden / "dit" / "weights_d128h2l2.safetensors"
+    save_file(Taehv(TaehvConfig(encoder_width=8, decoder_widths=(16, 8, 8, 8))).state_dict(), "taehv.safetensors")
+    settings = ["--family", "self-forcing", "--heads", 2, "--text-len", 24, "--taehv", "taehv.safetensors"]
+    outcome = run("export", checkpoint, "-o", "bundle", *settings, "--tensorrt")
+    if not torch.cuda.is_available():
+        assert outcome.code == 2 and "TensorRT builds and runs plans on an NVIDIA GPU" in outcome.err
+    assert run("info", "bundle", "--json").code == 0
+    assert json.loads(run("info", "bundle", "--json").out)["graphs"] == ["float32", "bfloat16"]
+    assert Path("bundle", "decoder.float16.onnx").exists(), "a TAEHV beside a bfloat16 model runs in float16"
+    complaint = run("generate", PROMPT, "-o", "x.mp4", "--model", "bundle", "--backend", "tensorrt").complaint
+    assert "TensorRT" in complaint and not Path("x.mp4").exists()
 
 
 def test_doctor(run: Run) -> None:
@@ -332,6 +352,9 @@ def test_help_and_version(run: Run) -> None:
         (["info", "nowhere"], "there is no model at nowhere"),
         (["verify", "nowhere"], "nowhere has no golden case"),
         (["export", "nowhere.pt", "-o", "bundle"], "nowhere.pt"),
+        (["export", "nowhere.pt"], "give the new bundle a folder: -o DIR"),
+        (["generate", PROMPT, "-o", "x.mp4", "--backend", "tvm"], "no backend is called 'tvm'"),
+        (["export", "nowhere.pt", "-o", "bundle", "--onnx-dtype", "int4"], "dtype 'int4' is not one of"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -264,18 +264,19 @@ def test_an_existing_folder_is_kept(tmp_path: Path) -> None:
 
 
 MEASURE = """
-import json, resource, sys
+import json, sys
+from sfrt.machine import peak_memory
 from sfrt_export.export import export_checkpoint
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+base = peak_memory()
 export_checkpoint(sys.argv[1], sys.argv[2])
-print(json.dumps([base * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+print(json.dumps([base, peak_memory()]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
 def test_peak_memory(tmp_path: Path, ending: str) -> None:
-    """A model of 400 MB in its own process: at most 1.2 × the file on top of what importing torch takes."""
+    """A model of 400 MB in its own process: at most 1.3 × the file on top of what importing torch takes."""
     from sfrt.config import ModelConfig
     from sfrt_export.layout import published_shapes
 
@@ -294,4 +295,4 @@ def test_peak_memory(tmp_path: Path, ending: str) -> None:
     )  # fmt: skip
     base, peak = json.loads(done.stdout)
     assert size > 350e6
-    assert peak - base <= 1.2 * size
+    assert peak - base <= 1.3 * size

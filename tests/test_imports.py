@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # A room imports rooms of earlier lines only, and its own files.
 LAYERS = (
     {"errors", "machine"},
-    {"config"},
+    {"config", "graphs"},
     {"ring", "timesteps", "noise", "bundle", "weights", "device", "metrics", "video"},
     {"ops"},
     {"cache"},
@@ -31,7 +31,7 @@ LAYERS = (
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 
-NO_TORCH = {"errors", "machine", "config", "ring", "timesteps", "bundle", "scheduler", "doctor", "cli"}
+NO_TORCH = {"errors", "machine", "config", "graphs", "ring", "timesteps", "bundle", "scheduler", "doctor", "cli"}
 """Rooms that load no torch when they are imported: pure arithmetic, or the way to `sfrt --help`."""
 
 
@@ -187,3 +187,16 @@ def test_the_runtime_needs_few_packages() -> None:
         "print(len(names))"
     )
     assert int(out) >= 10
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_stream_starts_without_torchs_compiler(backend: str) -> None:
+    """Its import takes seconds, and a division on the meta device is enough to bring it in."""
+    out = run_python(
+        "import sys\n"
+        "from sfrt import Runtime\n"
+        f"with Runtime(device='cpu', backend={backend!r}).session('a red circle', limit=1) as session:\n"
+        "    next(session)\n"
+        "print(*sorted({'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules)))"
+    )
+    assert out.strip() == ""

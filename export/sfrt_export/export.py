@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
+from torch import Tensor
 
 import sfrt
 from sfrt.bundle import Bundle, DTypeName, FileInfo, Manifest, Part, hash_file
+from sfrt.bundle.quantization import Method
 from sfrt.bundle.writer import BundleWriter, LazyTensor
-from sfrt.config import StreamConfig
+from sfrt.config import DecoderConfig, StreamConfig
+from sfrt.decoders import load_decoder
+from sfrt.device import memory_told, resolve_device, resolve_dtype
 from sfrt.errors import ConfigError
+from sfrt.text import TextEncoder, Tokenizer, Umt5Encoder
+from sfrt.text import load_text_encoder as load_text_encoder_of
+from sfrt.weights import assign
 from sfrt_export.checkpoint import Checkpoint, TransformerCheckpoint, finite, lazy, load_transformer
 from sfrt_export.families import Family, family_of
+from sfrt_export.gate import Subject, embeddings, gate
 from sfrt_export.layout import module_tensors
+from sfrt_export.lora import Adapter, load_adapter
 from sfrt_export.parts import DecoderCheckpoint, TextCheckpoint, load_taehv, load_text_encoder, load_wan_vae
 
 
 class Progress(Protocol):
-    """Told of a stage ("hash" or a part's name), the bytes of it that are done and all its bytes."""
+    """Told of a stage ("hash", "gate" or a part's name), the bytes of it that are done and all its bytes.
+
+    The gate of quantisation counts measurements instead.
+    """
 
     def __call__(self, stage: str, done: int, total: int, /) -> None: ...
 
@@ -39,6 +52,8 @@ def export_checkpoint(
     *,
     family: str | None = None,
     ema: bool | None = None,
+    lora: str | Path | None = None,
+    lora_alpha: float | None = None,
     vae: str | Path | None = None,
     taehv: str | Path | None = None,
     text_encoder: str | Path | None = None,
@@ -47,14 +62,21 @@ def export_checkpoint(
     text_len: int | None = None,
     stream: Mapping[str, Any] | None = None,
     dtype: DTypeName | None = None,
+    onnx: Literal[True] | tuple[DTypeName, ...] = (),
+    quantize: Method | None = None,
+    force: bool = False,
     progress: Progress = _silent,
 ) -> Bundle:
     """Write the bundle of a checkpoint to the folder `output`, which must not exist yet.
 
     family names a row of `sfrt_export.families`; None guesses it from the file's name. ema: see `load_transformer`.
-    vae or taehv is the decoder; text_encoder and tokenizer go together; paths may be files or folders. stream overrides
-    fields of the family's StreamConfig. dtype converts the transformer, None keeps it as stored; other parts stay as
-    stored. Tensors pass one at a time, so memory stays near the size of the mapped checkpoint.
+    lora is an adapter to merge into the transformer; lora_alpha: see `load_adapter`. vae or taehv is the decoder;
+    text_encoder and tokenizer go together; paths may be files or folders. stream overrides fields of the family's
+    StreamConfig. dtype converts the transformer, None keeps it as stored; other parts stay as stored. onnx writes
+    ONNX graphs over the same weights: in these dtypes, or (True) in float32 and the one the transformer is stored in.
+    quantize stores the big weights in eight bits (`sfrt_export.quantize`) if that passes the quality gate
+    (`sfrt_export.gate`), or in any case with force. Tensors pass one at a time, so memory stays near the size of the
+    mapped checkpoint; the gate aside, which runs the model.
     Raises CheckpointError, BundleError or ConfigError; nothing is left at `output` then. Warns of a family that was
     not told, and of what a family's bundle lacks.
     """
@@ -62,36 +84,133 @@ def export_checkpoint(
     with BundleWriter(output) as writer:
         settings = family_of(family, Path(checkpoint))
         stream_config = _stream(settings, stream or {})
-        if dtype is not None and dtype not in get_args(DTypeName):
-            raise ConfigError(f"dtype {dtype!r} is not one of: {', '.join(get_args(DTypeName))}")
+        _check_dtypes(dtype, *(() if onnx is True else onnx))
+        _check_method(quantize, force)
+        if onnx:
+            require_onnx()
         transformer = load_transformer(
             Path(checkpoint), ema=ema, prefer_ema=settings.prefer_ema, heads=heads, text_len=text_len
         )
+        adapter = _adapter(lora, lora_alpha, transformer)
         decoder = _decoder(vae, taehv)
         text = _text(text_encoder, tokenizer, transformer.config.text_len)
-        weights = _transformer_tensors(transformer, dtype)
+        weights = _transformer_tensors(transformer, adapter, dtype)
         manifest = Manifest(
             name=output.name,
             family=settings.name,
             model=transformer.config,
             stream=stream_config,
-            weights=transformer.weights,
+            weights=f"{transformer.weights} + {adapter.label}" if adapter else transformer.weights,
             dtype=_main_dtype(weights),
             created_by=f"sfrt {sfrt.__version__}",
             decoder=decoder.part if decoder else None,
             text_encoder=text.config if text else None,
         )
+        if onnx:
+            graphs = ("float32", manifest.dtype) if onnx is True else onnx
+            manifest = dataclasses.replace(manifest, graphs=tuple(dict.fromkeys(graphs)))
+        if quantize is not None:
+            decoding = (decoder.part.config, _read(decoder)) if decoder else None
+            reading = _text_encoder(text, transformer.config.text_len) if text else None
+            weights, manifest = _quantized(manifest, weights, decoding, reading, quantize, force, progress)
         _write(writer, "transformer", weights, progress)
         if decoder:
             _write(writer, "decoder", lazy(decoder.path, decoder.tensors), progress)
         if text:
             _write(writer, "text_encoder", lazy(text.path, text.tensors), progress)
             writer.add_tokenizer(text.tokenizer)
-        source = _hash_sources({"transformer": transformer, "decoder": decoder, "text_encoder": text}, progress)
+        if manifest.graphs:
+            writer.add_graphs(partial(bundle_graphs, manifest))
+        source = _hash_sources(
+            {"transformer": transformer, "lora": adapter, "decoder": decoder, "text_encoder": text}, progress
+        )
         bundle = writer.finish(dataclasses.replace(manifest, source=source))
-    if settings.caution is not None:
-        warnings.warn(settings.caution, stacklevel=2)
+    for caution in (settings.caution, settings.without_adapter if adapter is None else None):
+        if caution is not None:
+            warnings.warn(caution, stacklevel=2)
     return bundle
+
+
+def quantize_bundle(
+    source: Bundle, output: str | Path, method: Method, *, force: bool = False, progress: Progress = _silent
+) -> Bundle:
+    """The (verified) bundle with its transformer quantised, written to the folder `output`, which must not exist yet.
+
+    Raises BundleError, or ConfigError where it is quantised already or the gate refuses; nothing is left then.
+    """
+    output, given = Path(output), source.manifest
+    _check_method(method, force)
+    if given.quantization is not None:
+        raise ConfigError(
+            f"{source.path} is quantised already ({given.quantization.method}); give the one it came from"
+        )
+    if given.graphs:
+        require_onnx()
+    with BundleWriter(output) as writer:
+        manifest = dataclasses.replace(given, name=output.name)
+        decoding = (given.decoder.config, source.load("decoder")) if given.decoder else None
+        reading = load_text_encoder_of(source, torch.device("cpu")) if given.text_encoder else None
+        plain = lazy(source.path, source.load("transformer"))
+        weights, manifest = _quantized(manifest, plain, decoding, reading, method, force, progress)
+        _write(writer, "transformer", weights, progress)
+        if given.decoder:
+            writer.add_tensors("decoder", source.load("decoder"))
+        if given.text_encoder:
+            writer.add_tensors("text_encoder", source.load("text_encoder"))
+            writer.add_tokenizer(source.tokenizer_path)
+        if given.graphs:
+            writer.add_graphs(partial(bundle_graphs, manifest))
+        return writer.finish(manifest)
+
+
+def _quantized(
+    manifest: Manifest,
+    weights: Mapping[str, LazyTensor],
+    decoder: tuple[DecoderConfig, dict[str, Tensor]] | None,
+    text: TextEncoder | None,
+    method: Method,
+    force: bool,
+    progress: Progress,
+) -> tuple[dict[str, LazyTensor], Manifest]:
+    """The transformer's tensors quantised, and the manifest that says so, once the gate has let them pass."""
+    device = resolve_device("auto")
+    dtype = resolve_dtype("auto", device)
+    subject = Subject(
+        model=manifest.model,
+        stream=manifest.stream,
+        weights=weights,
+        embeds=embeddings(text, manifest.model),
+        decoder=load_decoder(*decoder, device, dtype) if decoder else None,
+    )
+    with memory_told("the gate of quantisation", device):
+        tensors, quantization = gate(subject, method, device, dtype, force=force, progress=partial(progress, "gate"))
+    return tensors, dataclasses.replace(manifest, quantization=quantization)
+
+
+def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """A part's tensors, looked at for NaN and infinity."""
+    return {name: tensor.make() for name, tensor in lazy(checkpoint.path, checkpoint.tensors).items()}
+
+
+def _text_encoder(text: TextCheckpoint, text_len: int) -> TextEncoder:
+    """What reads the gate's prompts, over the mapped file."""
+    with torch.device("meta"):
+        encoder = Umt5Encoder(text.config)
+    assign(encoder, _read(text), "the text encoder")
+    return TextEncoder(Tokenizer(text.tokenizer, text_len), encoder.requires_grad_(False))
+
+
+def _check_dtypes(*names: str | None) -> None:
+    for name in names:
+        if name is not None and name not in get_args(DTypeName):
+            raise ConfigError(f"dtype {name!r} is not one of: {', '.join(get_args(DTypeName))}")
+
+
+def _check_method(method: str | None, force: bool) -> None:
+    if method is not None and method not in get_args(Method):
+        raise ConfigError(f"no quantisation is called {method!r}; choose one of: {', '.join(get_args(Method))}")
+    if force and method is None:
+        raise ConfigError("force is for a quantised model that the quality gate refuses; say how to quantise it")
 
 
 def _stream(family: Family, overrides: Mapping[str, Any]) -> StreamConfig:
@@ -100,6 +219,14 @@ def _stream(family: Family, overrides: Mapping[str, Any]) -> StreamConfig:
         if name not in known:
             raise ConfigError(f"a stream has no setting {name!r}; it has {', '.join(sorted(known))}")
     return dataclasses.replace(family.stream, **overrides)
+
+
+def _adapter(lora: str | Path | None, alpha: float | None, base: TransformerCheckpoint) -> Adapter | None:
+    if lora is not None:
+        return load_adapter(Path(lora), base, alpha)
+    if alpha is not None:
+        raise ConfigError(f"alpha {alpha:g} is of no adapter; give the file of one with --lora")
+    return None
 
 
 def _decoder(vae: str | Path | None, taehv: str | Path | None) -> DecoderCheckpoint | None:
@@ -118,9 +245,12 @@ def _text(text_encoder: str | Path | None, tokenizer: str | Path | None, text_le
     return load_text_encoder(Path(text_encoder), Path(tokenizer), text_len)
 
 
-def _transformer_tensors(transformer: TransformerCheckpoint, dtype: DTypeName | None) -> dict[str, LazyTensor]:
+def _transformer_tensors(
+    transformer: TransformerCheckpoint, adapter: Adapter | None, dtype: DTypeName | None
+) -> dict[str, LazyTensor]:
     target = None if dtype is None else getattr(torch, dtype)
-    return module_tensors(transformer.config, transformer.tensors, target, partial(finite, transformer.path))
+    tensors = transformer.tensors if adapter is None else adapter.merged(transformer.tensors)
+    return module_tensors(transformer.config, tensors, target, partial(finite, transformer.path))
 
 
 def _main_dtype(weights: Mapping[str, LazyTensor]) -> DTypeName:
@@ -135,6 +265,29 @@ def _main_dtype(weights: Mapping[str, LazyTensor]) -> DTypeName:
 
 def _write(writer: BundleWriter, part: Part, tensors: Mapping[str, LazyTensor], progress: Progress) -> None:
     writer.add_tensors(part, tensors, _counter(part, sum(tensor.nbytes for tensor in tensors.values()), progress))
+
+
+def bundle_graphs(manifest: Manifest, folder: Path) -> list[str]:
+    """Write the ONNX graphs that the manifest names, for all its parts, beside their weights; the files' names."""
+    from sfrt_export.onnx_graph import decoder_graphs, text_encoder_graphs, transformer_graphs, write_graphs
+
+    model, decoder, text = manifest.model, manifest.decoder, manifest.text_encoder
+    names = []
+    for dtype in manifest.graphs:
+        names += write_graphs(transformer_graphs(model, folder, dtype), folder, dtype)
+        if text is not None:
+            names += write_graphs(text_encoder_graphs(text, model.text_len, folder, dtype), folder, dtype)
+    if decoder is not None:
+        for dtype in manifest.graph_dtypes("decoder"):
+            names += write_graphs(decoder_graphs(decoder.config, folder, dtype), folder, dtype)
+    return names
+
+
+def require_onnx() -> None:
+    """Raise ConfigError where the libraries that graphs are made with are missing."""
+    for library in ("onnx", "onnx_ir"):
+        if importlib.util.find_spec(library) is None:
+            raise ConfigError(f"ONNX graphs are made with the library {library}; install it: pip install sfrt[onnx]")
 
 
 def _hash_sources(checkpoints: Mapping[str, Checkpoint | None], progress: Progress) -> dict[str, FileInfo]:

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfrt.backends import Grid, Rollout, load_backend
+from sfrt.backends import Backend, Grid, Rollout
 from sfrt.config import ModelConfig, StreamConfig
 from sfrt.errors import CheckpointError
 from sfrt.ops.layout import latents_from_tokens, tokens_from_latents
-from sfrt.ring import ChunkPlan, ring_for
+from sfrt.ring import ChunkPlan, chunk_sizes, ring_for
 from sfrt.session import NoiseSource, Session, Stage
 from sfrt.timesteps import sigma_at, timesteps_of
 from sfrt_export.checkpoint import load_transformer
 from sfrt_export.layout import module_tensors
+from sfrt_export.parts_on import transformer_on
 
 
 class RecordingRollout:
@@ -63,27 +64,38 @@ def replay_rollout(
     weights = {
         name: tensor.make().to(device, dtype) for name, tensor in module_tensors(model, checkpoint.tensors).items()
     }
-    running = load_backend(backend, model, weights, device, dtype)
-    batch = tensors["noise"].shape[0]
-    embeds, wanted = tensors["prompt_embeds"], [batch, model.text_len, model.text_dim]
+    embeds, wanted = tensors["prompt_embeds"], [tensors["noise"].shape[0], model.text_len, model.text_dim]
     if list(embeds.shape) != wanted:
         raise CheckpointError(f"{case}: prompt_embeds is {list(embeds.shape)}, not {wanted}; the case is inconsistent")
-    initial = tensors.get("initial_latent")
+    with transformer_on(backend, model, weights, device, dtype) as running:
+        for row in range(len(embeds)):
+            yield from _replay_row(settings, tensors, running, model, stream, row)
+
+
+def _replay_row(
+    settings: dict[str, Any],
+    tensors: dict[str, Tensor],
+    running: Backend,
+    model: ModelConfig,
+    stream: StreamConfig,
+    row: int,
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """One row of the case's batch, as a stream of its own."""
+    initial, device = tensors.get("initial_latent"), running.device
     first = 0 if initial is None else initial.shape[1]
     ring = ring_for(stream, first + settings["num_output_frames"])
     grid = Grid.of(model, stream)
-    for row in range(batch):
-        rollout = RecordingRollout(running.rollout(grid, ring, timesteps_of(stream)))
-        noise = _golden_noise(settings, tensors, model, row, first, device)
-        stage = Stage(model, stream, grid, device, rollout, ring, noise, decoder=None)
-        start = None if initial is None else initial[row].to(device)
-        limit = len({call["start_frame"] for call in settings["calls"] if call["start_frame"] >= first})
-        with Session(stage, embeds[row], initial=start, limit=limit) as session:
-            chunks = [chunk.latents for chunk in session]
-            session.refresh()
-        latents = torch.cat(chunks if start is None else [start, *chunks])
-        yield from _calls(settings, tensors, rollout, row, model, grid)
-        yield "latents", latents, tensors["latents"][row]
+    rollout = RecordingRollout(running.rollout(grid, ring, chunk_sizes(stream, first), timesteps_of(stream)))
+    noise = _golden_noise(settings, tensors, model, row, first, device)
+    stage = Stage(model, stream, grid, device, rollout, ring, noise, decoder=None)
+    start = None if initial is None else initial[row].to(device)
+    limit = len({call["start_frame"] for call in settings["calls"] if call["start_frame"] >= first})
+    with Session(stage, tensors["prompt_embeds"][row], initial=start, limit=limit) as session:
+        chunks = [chunk.latents for chunk in session]
+        session.refresh()
+    latents = torch.cat(chunks if start is None else [start, *chunks])
+    yield from _calls(settings, tensors, rollout, row, model, grid)
+    yield "latents", latents, tensors["latents"][row]
 
 
 def _calls(

@@ -12,23 +12,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sfrt.config import TaehvConfig, Umt5Config, WanVaeConfig
-from sfrt.decoders import exact_convolutions, load_decoder
+from sfrt.decoders import LoadedDecoder, exact_convolutions
 from sfrt.decoders.taehv import Taehv
 from sfrt.device import memory_told, resolve_device, resolve_dtype
 from sfrt.errors import CheckpointError, SfrtError
-from sfrt.text import Umt5Encoder
 from sfrt.timesteps import sigma_table, warp
-from sfrt.weights import assign
+from sfrt_export.parts_on import decoder_on, text_encoder_on
 from sfrt_export.replay import replay_rollout
+
+if TYPE_CHECKING:
+    from sfrt.backends.exported_parts import ExportedDecoder
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Largest relative error ‖out - ref‖ / ‖ref‖ of a tensor that counts as the same."""
@@ -148,31 +151,36 @@ def _wan_vae(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], m
         mean=tuple(settings["mean"]),
         std=tuple(settings["std"]),
     )
-    vae = load_decoder(config, load_file(case / "weights.safetensors"), machine.device, machine.dtype)
-    latents = tensors["latents"]
-    pixels, _ = vae.decode(latents, None)
-    yield "pixels", 2 * pixels - 1, tensors["pixels"]  # sfrt's pixels are in [0, 1], theirs in [-1, 1]
-    state, start = None, 0
-    for name in sorted(name for name in tensors if name.startswith("pixels_chunk")):
-        frames = tensors[name].shape[1]
-        stop = start + (frames + 3) // 4
-        pixels, state = vae.decode(latents[:, start:stop], state)
-        yield name, 2 * pixels - 1, tensors[name]
-        start = stop
-    clip = tensors["encode_pixels"].movedim(1, 2)
-    yield "encode_latents", vae.encode((clip + 1) / 2), tensors["encode_latents"]
+    weights = load_file(case / "weights.safetensors")
+    with decoder_on(machine.backend, config, weights, machine.device, machine.dtype) as vae:
+        latents = tensors["latents"]
+        pixels, _ = vae.decode(latents, None)
+        yield "pixels", 2 * pixels - 1, tensors["pixels"]  # sfrt's pixels are in [0, 1], theirs in [-1, 1]
+        state, start = None, 0
+        for name in sorted(name for name in tensors if name.startswith("pixels_chunk")):
+            frames = tensors[name].shape[1]
+            stop = start + (frames + 3) // 4
+            pixels, state = vae.decode(latents[:, start:stop], state)
+            yield name, 2 * pixels - 1, tensors[name]
+            start = stop
+        clip = tensors["encode_pixels"].movedim(1, 2)
+        yield "encode_latents", vae.encode((clip + 1) / 2), tensors["encode_latents"]
 
 
 @torch.inference_mode()
 def _taehv(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], machine: Machine) -> Iterator[Pair]:
     shapes = settings["keys"]
     weights = seeded_weights(shapes, settings["weights_seed"], settings["weights_gain"])
-    taehv = load_decoder(_taehv_config(shapes), weights, machine.device, machine.dtype)
-    pixels, _ = taehv.decode(tensors["latents"], None)
-    yield "pixels", pixels, tensors["pixels"]
-    assert isinstance(taehv.module, Taehv)
-    latents = taehv.module.encode_groups(tensors["encode_pixels"].to(machine.device, taehv.dtype))
-    yield "encode_latents", latents, tensors["encode_latents"]
+    with decoder_on(machine.backend, _taehv_config(shapes), weights, machine.device, machine.dtype) as taehv:
+        pixels, _ = taehv.decode(tensors["latents"], None)
+        yield "pixels", pixels, tensors["pixels"]
+        clip = tensors["encode_pixels"].to(machine.device)
+        if isinstance(taehv, LoadedDecoder):
+            assert isinstance(taehv.module, Taehv)
+            latents = taehv.module.encode_groups(clip.to(taehv.dtype))
+        else:
+            latents = cast("ExportedDecoder", taehv).encode_groups(clip)
+        yield "encode_latents", latents, tensors["encode_latents"]
 
 
 def _taehv_config(shapes: dict[str, list[int]]) -> TaehvConfig:
@@ -202,12 +210,14 @@ def seeded_weights(shapes: dict[str, list[int]], seed: int, gain: float) -> dict
 def _umt5(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], machine: Machine) -> Iterator[Pair]:
     names = ("dim", "dim_attn", "dim_ffn", "num_heads", "num_layers", "num_buckets")
     config = Umt5Config(vocab_size=settings["vocab"], **{name: settings[name] for name in names})
-    with torch.device("meta"):
-        encoder = Umt5Encoder(config)
-    assign(encoder, load_file(case / "weights.safetensors"), "the text encoder")
-    encoder.to(machine.device, machine.dtype)
-    ids, mask = tensors["ids"].to(machine.device), tensors["mask"].to(machine.device)
-    yield "prompt_embeds", encoder(ids, mask), tensors["prompt_embeds"]
+    weights, ids, mask = load_file(case / "weights.safetensors"), tensors["ids"], tensors["mask"]
+    length = ids.shape[1]
+    with text_encoder_on(machine.backend, config, length, weights, machine.device, machine.dtype) as encoder:
+        rows = []
+        for row, real in zip(ids, mask.sum(1).tolist(), strict=True):
+            embeds = encoder(row[None, : int(real)].to(machine.device))[0]
+            rows.append(F.pad(embeds, (0, 0, 0, length - len(embeds))))
+    yield "prompt_embeds", torch.stack(rows), tensors["prompt_embeds"]
 
 
 def _schedule(tables: dict[str, Any]) -> Iterator[Pair]:

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sfrt.ring import ChunkPlan, Ring
+    from sfrt.ring import ChunkPlan, ChunkSizes, Ring
 
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "onnx", "tensorrt")
+"""onnx may name the provider that runs it: onnx:cpu, onnx:cuda, onnx:tensorrt."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Rollout(Protocol):
         """Move on to the chunk of this plan: where the coming passes write and what they see."""
 
     def flow(self, tokens: Tensor, timestep: float) -> Tensor:
-        """One denoising pass: the flow at each token, [L, P]."""
+        """One denoising pass: the flow at each token, [L, P]; the next pass may write over it."""
 
     def refresh(self, tokens: Tensor, timestep: float) -> None:
         """The refresh pass: leave the keys and values of clean tokens in the ring."""
@@ -68,24 +69,14 @@ class Backend(Protocol):
 
     device: torch.device
 
-    def rollout(self, grid: Grid, ring: Ring, timesteps: tuple[float, ...]) -> Rollout:
-        """A fresh stream; timesteps are all that its passes will ask for. Raises DeviceError where memory is short."""
+    def rollout(self, grid: Grid, ring: Ring, sizes: ChunkSizes, timesteps: tuple[float, ...]) -> Rollout:
+        """A fresh stream of chunks of these sizes; timesteps are all that its passes will ask for.
 
-
-def load_backend(
-    name: str, config: ModelConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
-) -> Backend:
-    """The named backend over a bundle's transformer tensors, which it takes over: the mapping may be emptied.
-
-    Raises ConfigError for an unknown name.
-    """
-    require_backend(name)
-    from sfrt.backends.torch import TorchBackend
-
-    return TorchBackend(config, weights, device, dtype)
+        Raises DeviceError where memory is short.
+        """
 
 
 def require_backend(name: str) -> None:
     """Raise ConfigError unless there is a backend of this name."""
-    if name not in BACKENDS:
+    if name.partition(":")[0] not in BACKENDS or (":" in name and not name.startswith("onnx:")):
         raise ConfigError(f"no backend is called {name!r}; choose one of: {', '.join(BACKENDS)}")

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from sfrt.backends import Grid
+from sfrt.bundle.quantization import Quantization, in_dtype
 from sfrt.cache import KVCache
 from sfrt.config import ModelConfig
 from sfrt.ops.linear import pack_for_cpu
-from sfrt.ring import ChunkPlan, Ring
+from sfrt.ops.quantized_linear import place_quantized
+from sfrt.ring import ChunkPlan, ChunkSizes, Ring
 from sfrt.transformer import Modulation, TextKV, Transformer, rotary_phases
 from sfrt.weights import assign
 
@@ -20,24 +22,36 @@ class TorchBackend:
     """The transformer's weights on one device in one dtype."""
 
     def __init__(
-        self, config: ModelConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: Quantization | None = None,
     ) -> None:
-        """Take over a bundle's transformer tensors, as they are where device and dtype fit; the mapping is emptied."""
+        """Take over a bundle's transformer tensors, as they are where device and dtype fit; the mapping is emptied.
+
+        quantization is what the bundle's manifest says of them.
+        """
         self.config = config
         self.device = device
         self.dtype = dtype
         self._modulations: dict[float, Modulation] = {}
         with torch.device("meta"):
             self.model = Transformer(config)
-        assign(self.model, weights, "the transformer")
-        weights.clear()  # the module alone holds them now, so that packing lets them go layer by layer
-        self.model.requires_grad_(False).to(device=device, dtype=dtype)
+        if quantization is not None:
+            place_quantized(self.model, quantization.method, quantization.layers)
+        # The module alone is to hold the weights, so that converting and packing let them go layer by layer.
+        ready = {name: in_dtype(name, weights.pop(name).to(device), dtype) for name in list(weights)}
+        assign(self.model, ready, "the transformer")
+        del ready
+        self.model.requires_grad_(False)
         if device.type == "cpu":
             for part in (self.model.patch_embedding, self.model.text_embedding, self.model.blocks, self.model.head):
                 pack_for_cpu(part, _PACKED_FOR_ROWS)
 
     @torch.inference_mode()
-    def rollout(self, grid: Grid, ring: Ring, timesteps: tuple[float, ...]) -> TorchRollout:
+    def rollout(self, grid: Grid, ring: Ring, sizes: ChunkSizes, timesteps: tuple[float, ...]) -> TorchRollout:
         """A fresh stream with its modulation tables made."""
         cache = KVCache(self.config, ring, grid.tokens, self.device, self.dtype)
         return TorchRollout(self, grid, cache, {timestep: self._modulation(timestep) for timestep in timesteps})

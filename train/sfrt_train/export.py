@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from sfrt.bundle import Bundle, Manifest, TaehvPart
 from sfrt.bundle.manifest import MANIFEST
 from sfrt.bundle.writer import BundleWriter
 from sfrt.errors import BundleError
+from sfrt_export.export import bundle_graphs
 from sfrt_train import autoencoder, flow
 from sfrt_train.loop import weights_of
 from sfrt_train.settings import Settings
@@ -22,7 +24,9 @@ FAMILY = "Self Forcing runtime, built-in"
 
 
 def export(settings: Settings, folder: Path, target: Path) -> Bundle:
-    """Write the bundle of what `folder` holds, in float16; a bundle at `target` is replaced once all is written.
+    """Write the bundle of what `folder` holds, in float16, with ONNX graphs that compute in float32.
+
+    A bundle at `target` is replaced once all is written.
 
     Raises BundleError where something else is at `target`.
     """
@@ -37,6 +41,7 @@ def export(settings: Settings, folder: Path, target: Path) -> Bundle:
         writer.add_tensors("text_encoder", _part(trained, "text_encoder."))
         writer.add_tensors("decoder", _part(autoencoder.load(settings, folder, "cpu").state_dict(), ""))
         writer.add_tokenizer(make_tokenizer(settings, folder))
+        writer.add_graphs(partial(bundle_graphs, manifest(settings)))
         writer.finish(manifest(settings))
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
@@ -55,6 +60,7 @@ def manifest(settings: Settings) -> Manifest:
         created_by="sfrt_train",
         decoder=TaehvPart(settings.taehv),
         text_encoder=settings.text,
+        graphs=("float32",),
     )
 
 

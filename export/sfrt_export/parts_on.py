@@ -1,0 +1,102 @@
+"""A model's parts on any backend from tensors alone, without a bundle: for verification and benchmarks.
+
+Backends that run exported graphs get them made on the way, in a folder that lasts as long as the part is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sfrt.backends import Backend, require_backend
+from sfrt.bundle import DTypeName
+from sfrt.config import DecoderConfig, ModelConfig, Umt5Config
+from sfrt.decoders import Decoder, load_decoder
+from sfrt.text import PromptEncoder, Umt5Encoder
+from sfrt.weights import assign
+
+
+@contextmanager
+def transformer_on(
+    backend: str, config: ModelConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> Iterator[Backend]:
+    """The transformer over tensors named as in a bundle, which it takes over: the mapping may be emptied."""
+    require_backend(backend)
+    if backend == "torch":
+        from sfrt.backends.torch import TorchBackend
+
+        yield TorchBackend(config, weights, device, dtype)
+        return
+    from sfrt.backends.exported import ExportedBackend
+    from sfrt.backends.onnx import OnnxRunner
+    from sfrt_export.onnx_graph import transformer_graphs, write_graphs
+
+    with _folder("transformer", weights) as folder:
+        write_graphs(transformer_graphs(config, folder, _name(dtype)), folder, _name(dtype))
+        yield ExportedBackend(OnnxRunner(folder, device, dtype, _provider(backend)), config)
+
+
+@contextmanager
+def decoder_on(
+    backend: str, config: DecoderConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> Iterator[Decoder]:
+    """The autoencoder over its tensors."""
+    if backend == "torch":
+        yield load_decoder(config, weights, device, dtype)
+        return
+    from sfrt.backends.exported_parts import ExportedDecoder
+    from sfrt.backends.onnx import OnnxRunner
+    from sfrt_export.onnx_graph import decoder_graphs, write_graphs
+
+    with _folder("decoder", weights) as folder:
+        write_graphs(decoder_graphs(config, folder, _name(dtype)), folder, _name(dtype))
+        yield ExportedDecoder(OnnxRunner(folder, device, dtype, _provider(backend)), config)
+
+
+@contextmanager
+def text_encoder_on(
+    backend: str,
+    config: Umt5Config,
+    text_len: int,
+    weights: dict[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[PromptEncoder]:
+    """The text encoder over its tensors."""
+    if backend == "torch":
+        with torch.device("meta"):
+            encoder = Umt5Encoder(config)
+        assign(encoder, {name: weight.to(device, dtype) for name, weight in weights.items()}, "the text encoder")
+        yield encoder.requires_grad_(False)
+        return
+    from sfrt.backends.exported_parts import ExportedTextEncoder
+    from sfrt.backends.onnx import OnnxRunner
+    from sfrt_export.onnx_graph import text_encoder_graphs, write_graphs
+
+    with _folder("text_encoder", weights) as folder:
+        graphs = text_encoder_graphs(config, text_len, folder, _name(dtype))
+        write_graphs(graphs, folder, _name(dtype))
+        yield ExportedTextEncoder(OnnxRunner(folder, device, dtype, _provider(backend)), config)
+
+
+@contextmanager
+def _folder(part: str, weights: dict[str, Tensor]) -> Iterator[Path]:
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, folder / f"{part}.safetensors")
+        yield folder
+
+
+def _provider(backend: str) -> str | None:
+    return backend.partition(":")[2] or None
+
+
+def _name(dtype: torch.dtype) -> DTypeName:
+    return cast(DTypeName, str(dtype).removeprefix("torch."))

@@ -1,0 +1,215 @@
+"""What backends that run exported graphs have in common: the buffers of a stream, and a rollout over them.
+
+Every tensor a pass reads or writes has one address for as long as the stream lasts, so that a graph is bound to them
+once and a pass is nothing but running it. The key/value rings go in and come out at the same address: written in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sfrt import graphs
+from sfrt.backends import Grid
+from sfrt.config import ModelConfig
+from sfrt.device import require_memory
+from sfrt.graphs import GraphName
+from sfrt.ring import BlockRing, ChunkPlan, ChunkSizes, Ring
+from sfrt.transformer import rotary_phases, timestep_embedding
+
+
+class Runner(Protocol):
+    """Exported graphs on one device, in one dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+    on_host: frozenset[str]
+    """Inputs that lie in main memory, because what is computed is decided by their values."""
+
+    def bind(self, graph: GraphName, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
+        """A run of the graph over these very tensors, as often as it is called; the caller keeps them alive.
+
+        inputs may hold more than the graph asks for.
+        """
+
+    def call(self, graph: GraphName, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All outputs of a graph, in memory made for them: for graphs whose sizes differ from run to run."""
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The tensors of one stream, at full size: the last axis but one of the rings has R tokens, a chunk at most L."""
+
+    tokens: Tensor  # float32 [L, P]
+    flow: Tensor  # float32 [L, P]
+    cos: Tensor  # float32 [L, d/2]
+    sin: Tensor
+    step: Tensor  # int64 []
+    write_at: Tensor  # int64 [1]
+    valid: Tensor  # int64 [1]
+    visible: Tensor  # bool [1, R]
+    rings: tuple[Tensor, Tensor]  # keys and values, each [layers, 1, H, R, d]
+    text: tuple[Tensor, Tensor]  # the same of the prompt, each [layers, 1, H, S, d]
+    embeds: Tensor  # float32 [S, text_dim]
+    blocks: Tensor  # modulation tables, [N, 6 · layers, D]
+    head: Tensor  # [N, 2, D]
+
+    @classmethod
+    def of(cls, runner: Runner, config: ModelConfig, longest: int, slots: int, tokens: int, steps: int) -> Buffers:
+        """For `steps` timesteps, chunks of at most `longest` frames of `tokens` tokens and a ring of `slots` of them.
+
+        Raises DeviceError where memory is short.
+        """
+        device, longest, room = runner.device, longest * tokens, slots * tokens
+        heads, d = config.num_heads, config.head_dim
+        ring = (config.num_layers, 1, heads, room, d)
+        text = (config.num_layers, 1, heads, config.text_len, d)
+        require_memory(
+            2 * math.prod(ring) * runner.dtype.itemsize, f"a ring of {slots} latent frames of {tokens} tokens", device
+        )
+
+        def zeros(*shape: int, dtype: torch.dtype = runner.dtype) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        return cls(
+            tokens=zeros(longest, config.token_dim, dtype=torch.float32),
+            flow=zeros(longest, config.token_dim, dtype=torch.float32),
+            cos=zeros(longest, d // 2, dtype=torch.float32),
+            sin=zeros(longest, d // 2, dtype=torch.float32),
+            step=zeros(dtype=torch.int64),
+            write_at=zeros(1, dtype=torch.int64),
+            valid=zeros(1, dtype=torch.int64).to("cpu" if graphs.VALID in runner.on_host else device),
+            visible=zeros(1, room, dtype=torch.bool),
+            # Zeros, not whatever is there: what a mask hides is still multiplied, and 0 · NaN is NaN.
+            rings=(zeros(*ring), zeros(*ring)),
+            text=(zeros(*text), zeros(*text)),
+            embeds=zeros(config.text_len, config.text_dim, dtype=torch.float32),
+            blocks=zeros(steps, 6 * config.num_layers, config.dim),
+            head=zeros(steps, 2, config.dim),
+        )
+
+    def text_outputs(self) -> dict[str, Tensor]:
+        """The prompt's keys and values under their graph names."""
+        return {
+            graphs.text(kind, layer): part
+            for kind, parts in zip(graphs.KINDS, self.text, strict=True)
+            for layer, part in enumerate(parts)
+        }
+
+    def pass_inputs(self, count: int, masked: bool) -> dict[str, Tensor]:
+        """All that a pass over a chunk of `count` tokens reads."""
+        seen = {graphs.VISIBLE: self.visible} if masked else {graphs.VALID: self.valid}
+        return {
+            graphs.TOKENS: self.tokens[:count],
+            graphs.STEP: self.step,
+            graphs.MODULATION_BLOCKS: self.blocks,
+            graphs.MODULATION_HEAD: self.head,
+            graphs.ROTARY_COS: self.cos[None, :count],
+            graphs.ROTARY_SIN: self.sin[None, :count],
+            graphs.WRITE_AT: self.write_at,
+            **seen,
+            **self._rings(graphs.ring_in),
+            **self.text_outputs(),
+        }
+
+    def pass_outputs(self, count: int, refresh: bool) -> dict[str, Tensor]:
+        """All that it writes."""
+        flow = {} if refresh else {graphs.FLOW: self.flow[:count]}
+        return {**flow, **self._rings(graphs.ring_out)}
+
+    def _rings(self, name: Callable[[graphs.Kind, int], str]) -> dict[str, Tensor]:
+        return {
+            name(kind, layer): part
+            for kind, parts in zip(graphs.KINDS, self.rings, strict=True)
+            for layer, part in enumerate(parts)
+        }
+
+
+class ExportedBackend:
+    """The transformer's graphs under a runner."""
+
+    def __init__(self, runner: Runner, config: ModelConfig) -> None:
+        self.config = config
+        self.device = runner.device
+        self._runner = runner
+
+    def rollout(self, grid: Grid, ring: Ring, sizes: ChunkSizes, timesteps: tuple[float, ...]) -> ExportedRollout:
+        """A fresh stream with its modulation tables made."""
+        return ExportedRollout(self._runner, self.config, grid, ring, sizes, timesteps)
+
+
+class ExportedRollout:
+    """One stream on exported graphs; slots is the ring's length where that must be more than the stream needs."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: ModelConfig,
+        grid: Grid,
+        ring: Ring,
+        sizes: ChunkSizes,
+        timesteps: tuple[float, ...],
+        slots: int | None = None,
+    ) -> None:
+        self._runner = runner
+        self._config = config
+        self._grid = grid
+        self._blocks = BlockRing(ring, sizes)
+        self._rows = {timestep: row for row, timestep in enumerate(timesteps)}
+        slots = slots or self._blocks.slots
+        self._buffers = Buffers.of(runner, config, sizes.later, slots, grid.tokens, len(timesteps))
+        self._runs: dict[tuple[GraphName, int], Callable[[], None]] = {}
+        self._count = 0
+        self._fill_tables(timesteps)
+        self._read_text = runner.bind("text_kv", {graphs.EMBEDS: self._buffers.embeds}, self._buffers.text_outputs())
+
+    @torch.inference_mode()
+    def set_text(self, embeds: Tensor) -> None:
+        self._buffers.embeds.copy_(embeds)
+        self._read_text()
+
+    @torch.inference_mode()
+    def place(self, plan: ChunkPlan) -> None:
+        buffers, grid, tokens = self._buffers, self._grid, self._grid.tokens
+        self._count = len(plan.frames) * tokens
+        place = self._blocks.plan(plan)
+        buffers.write_at.fill_(place.slot * tokens)
+        buffers.valid.fill_(plan.visible * tokens)
+        if self._blocks.has_holes:
+            slots = torch.zeros(buffers.visible.shape[1] // tokens, dtype=torch.bool)
+            slots[list(place.visible)] = True
+            buffers.visible.copy_(slots.repeat_interleave(tokens)[None])
+        phases = rotary_phases(self._config, plan.frames, grid.rows, grid.columns, buffers.cos.device)[:, 0]
+        buffers.cos[: self._count] = phases.real
+        buffers.sin[: self._count] = phases.imag
+
+    @torch.inference_mode()
+    def flow(self, tokens: Tensor, timestep: float) -> Tensor:
+        """The flow lies in a buffer that the next pass writes to."""
+        self._run("step_masked" if self._blocks.has_holes else "step", tokens, timestep)
+        return self._buffers.flow[: self._count]
+
+    @torch.inference_mode()
+    def refresh(self, tokens: Tensor, timestep: float) -> None:
+        self._run("refresh_masked" if self._blocks.has_holes else "refresh", tokens, timestep)
+
+    def _run(self, graph: GraphName, tokens: Tensor, timestep: float) -> None:
+        buffers, key = self._buffers, (graph, self._count)
+        if key not in self._runs:
+            inputs = buffers.pass_inputs(self._count, masked=self._blocks.has_holes)
+            outputs = buffers.pass_outputs(self._count, refresh=graph.startswith("refresh"))
+            self._runs[key] = self._runner.bind(graph, inputs, outputs)
+        buffers.tokens[: self._count] = tokens
+        buffers.step.fill_(self._rows[timestep])
+        self._runs[key]()
+
+    @torch.inference_mode()
+    def _fill_tables(self, timesteps: tuple[float, ...]) -> None:
+        embedding = timestep_embedding(torch.tensor(timesteps, device=self._runner.device), self._config.freq_dim)
+        outputs = {graphs.MODULATION_BLOCKS: self._buffers.blocks, graphs.MODULATION_HEAD: self._buffers.head}
+        self._runner.bind("modulation", {graphs.TIMESTEP_EMBEDDING: embedding}, outputs)()

@@ -1,0 +1,215 @@
+"""`sfrt export` and `sfrt info`: making bundles, and saying what one is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from sfrt.cli.options import given_settings, json_option, stream_options
+from sfrt.errors import BundleError
+
+if TYPE_CHECKING:
+    from sfrt.bundle import Bundle, DTypeName, Manifest, Quantization
+    from sfrt.config import StreamConfig
+
+
+@click.command()
+@click.argument("checkpoint", metavar="CHECKPOINT")
+@click.option("-o", "--output", metavar="DIR", help="The bundle's folder; must not exist yet.")
+@click.option("--family", help="How the model is rolled out.  [default: guessed from the file's name]")
+@click.option("--ema/--no-ema", default=None, help="Which weights of a file with both.  [default: the family decides]")
+@click.option("--lora", metavar="FILE", help="An adapter to merge into the weights, such as LongLive's lora.pt.")
+@click.option("--lora-alpha", type=float, help="Its alpha, where its file says none.  [default: its rank]")
+@click.option("--vae", metavar="FILE", help="Wan2.1_VAE.pth, to decode with.")
+@click.option("--taehv", metavar="FILE", help="taew2_1.pth, to decode with instead: much faster, a little softer.")
+@click.option("--text-encoder", metavar="FILE", help="models_t5_umt5-xxl-enc-bf16.pth")
+@click.option("--tokenizer", metavar="FILE", help="The text encoder's tokenizer.json, or its folder.")
+@click.option("--dtype", help="Convert the transformer: float32, bfloat16 or float16.")
+@click.option("--onnx", is_flag=True, help="Write ONNX graphs too, in float32 and the dtype that is stored.")
+@click.option("--onnx-dtype", multiple=True, help="Write ONNX graphs in this dtype instead; may be repeated.")
+@click.option("--quantize", help="Keep the big weights in 8 bits: int8, float8 or float8-static.")
+@click.option("--force", is_flag=True, help="Quantise whatever the quality gate says.")
+@click.option("--tensorrt", is_flag=True, help="Build TensorRT plans for this machine's GPU from the graphs as well.")
+@click.option("--heads", type=int, help="Attention heads, where they are not 128 wide.")
+@click.option("--text-len", type=int, help="Text slots, where they are not 512.")
+@stream_options
+@json_option("Print the manifest.")
+def export(
+    checkpoint: str,
+    output: str | None,
+    family: str | None,
+    ema: bool | None,
+    lora: str | None,
+    lora_alpha: float | None,
+    vae: str | None,
+    taehv: str | None,
+    text_encoder: str | None,
+    tokenizer: str | None,
+    dtype: Any,
+    onnx: bool,
+    onnx_dtype: tuple[Any, ...],
+    tensorrt: bool,
+    quantize: Any,
+    force: bool,
+    heads: int | None,
+    text_len: int | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Turn a published CHECKPOINT into a bundle.
+
+    A bundle in its place becomes a quantised one with --quantize, or gets plans for this machine's GPU with --tensorrt.
+    """
+    from sfrt.bundle import Bundle
+    from sfrt.bundle.manifest import MANIFEST
+    from sfrt_export.export import export_checkpoint, quantize_bundle
+
+    is_bundle = (Path(checkpoint) / MANIFEST).is_file()
+    options: dict[str, Any] = {
+        "family": family,
+        "ema": ema,
+        "lora": lora,
+        "lora_alpha": lora_alpha,
+        "vae": vae,
+        "taehv": taehv,
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "heads": heads,
+        "text_len": text_len,
+        "stream": given_settings(settings),
+        "dtype": dtype,
+        "onnx": () if is_bundle else _graph_dtypes(onnx, onnx_dtype, tensorrt),
+    }
+    settled = onnx or onnx_dtype or any(value not in (None, (), {}) for value in options.values())
+    if is_bundle and (settled or bool(quantize) != (output is not None) or not (quantize or tensorrt)):
+        raise click.UsageError(
+            f"{checkpoint} is a bundle: give --quantize with -o DIR, or --tensorrt, and no settings of an export"
+        )
+    if output is not None:
+        with _StageBars() as bars:
+            if is_bundle:
+                bundle = quantize_bundle(Bundle.open(checkpoint), output, quantize, force=force, progress=bars)
+            else:
+                bundle = export_checkpoint(checkpoint, output, **options, quantize=quantize, force=force, progress=bars)
+    elif is_bundle:
+        bundle = Bundle.open(checkpoint)
+    else:
+        raise click.UsageError("give the new bundle a folder: -o DIR")
+    click.echo(bundle.manifest.dumps() if as_json else _describe(bundle.manifest))
+    if tensorrt:
+        _build_plans(bundle)
+
+
+def _graph_dtypes(onnx: bool, chosen: tuple[DTypeName, ...], tensorrt: bool) -> Literal[True] | tuple[DTypeName, ...]:
+    """What export_checkpoint is to write graphs in; plans are built from those that a GPU streams in."""
+    if chosen:
+        return chosen
+    if tensorrt:
+        return ("float32", "bfloat16")
+    return True if onnx else ()
+
+
+def _build_plans(bundle: Bundle) -> None:
+    """Plans in the dtype that a GPU streams in by default, or in the first of 16 bits that there are graphs in."""
+    from sfrt_export.tensorrt_plan import PlanSettings, build_plans
+
+    dtypes = [dtype for dtype in ("bfloat16", "float16", "float32") if dtype in bundle.manifest.graphs]
+    if not dtypes:
+        raise BundleError(f"the bundle {bundle.path} has no ONNX graphs to build plans from; export it with --onnx")
+    for path in build_plans(bundle, settings=PlanSettings(dtype=dtypes[0])):
+        click.echo(path)
+
+
+class _StageBars:
+    """One progress bar on stderr after another, for stages that count bytes, and the gate's measurements."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._bar: Any = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if stage != self._stage:
+            self.__exit__()
+            self._stage = stage
+            self._bar = tqdm(
+                desc=stage,
+                total=total,
+                unit="" if stage == "gate" else "B",
+                unit_scale=True,
+                file=sys.stderr,
+                disable=None,
+                leave=False,
+            )
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> _StageBars:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+@click.command()
+@click.argument("directory", metavar="[DIR]", required=False)
+@json_option("Print the manifest.")
+def info(directory: str | None, as_json: bool) -> None:
+    """Describe the bundle in DIR (without one: the built-in model) once its hashes are checked."""
+    from sfrt.bundle import Bundle, resolve_model
+
+    manifest = Bundle.open(resolve_model(directory)).manifest
+    click.echo(manifest.dumps() if as_json else _describe(manifest))
+
+
+def _describe(manifest: Manifest) -> str:
+    model, stream = manifest.model, manifest.stream
+    window = "everything in view" if stream.window is None else f"window {stream.window}, sink {stream.sink}"
+    rows = {
+        "name": f"{manifest.name}, family {manifest.family}, written by {manifest.created_by}",
+        "transformer": f"dim {model.dim}, {model.num_heads} heads, {model.num_layers} layers",
+        "weights": f"{manifest.weights}, {manifest.dtype}",
+        "decoder": "none" if manifest.decoder is None else manifest.decoder.kind,
+        **({} if manifest.quantization is None else {"quantised": _quality(manifest.quantization)}),
+        "graphs": ", ".join(manifest.graphs) or "none",
+        "text encoder": "none"
+        if manifest.text_encoder is None
+        else f"UMT5, dim {manifest.text_encoder.dim}, {manifest.text_encoder.num_layers} layers",
+        "stream": f"{stream.width}×{stream.height} at {stream.fps} fps, chunks of {stream.chunk}, {window}",
+        "steps": f"{_listed(stream.steps)}{' warped' if stream.warp else ''}, shift {stream.shift:g}",
+        **_rarities(stream),
+        **{name: f"{info.bytes / 1e6:.1f} MB, sha256 {info.sha256[:12]}…" for name, info in manifest.files.items()},
+        **{f"from {name}": f"{info.bytes / 1e6:.1f} MB" for name, info in manifest.source.items()},
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def _quality(quantization: Quantization) -> str:
+    quality, worst = quantization.quality, max(quantization.layers, key=quantization.layers.__getitem__)
+    frames = "" if quality.frame_psnr is None else f", frames {quality.frame_psnr:.1f} dB"
+    return (
+        f"{quantization.method}, {len(quantization.layers)} layers; off by {quality.flow_error:.2%} a pass, "
+        f"latents {quality.latent_error:.2%}{frames}; most by {worst}, {quantization.layers[worst]:.2%}"
+    )
+
+
+def _rarities(stream: StreamConfig) -> dict[str, str]:
+    """Settings that few models have: rows for those that this one does."""
+    rows = {}
+    if stream.first_chunk is not None:
+        rows["first chunk"] = f"{stream.first_chunk} of {stream.chunk} latent frames"
+    if stream.first_steps is not None:
+        rows["first steps"] = _listed(stream.first_steps)
+    if stream.context_noise:
+        rows["context noise"] = f"{stream.context_noise:g}"
+    return rows
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
