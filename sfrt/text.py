@@ -51,7 +51,8 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor
 
 def _embedding(count: int, dim: int) -> nn.Embedding:
     """A table of vectors, left as it comes: Umt5Encoder fills it."""
-    return nn.Embedding.from_pretrained(torch.empty(count, dim), freeze=False)
+    table: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(count, dim), freeze=False)
+    return table
 
 
 class PositionBias(nn.Module):

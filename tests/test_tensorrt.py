@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sfrt import graphs
 from sfrt.backends import Backend, Grid, Rollout
-from sfrt.backends.tensorrt import TensorrtBackend
+from sfrt.backends.loading import transformer_of
 from sfrt.backends.tensorrt.library import require_tensorrt
 from sfrt.backends.tensorrt.plans import (
     FOLDER,
@@ -206,7 +206,7 @@ def test_without_tensorrt_one_sentence_and_nothing_written(copied: Bundle, monke
     with pytest.raises(DeviceError, match="on an NVIDIA GPU, not on cpu"):
         build_plans(copied, settings=SETTINGS, device="cpu")
     with pytest.raises(DeviceError, match="on an NVIDIA GPU, not on cpu"):
-        TensorrtBackend(copied, CPU, torch.float32)
+        transformer_of(copied, "tensorrt", CPU, torch.float32)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(DeviceError, match=r"not to be had here .*; pip install 'sfrt\[tensorrt\]'"):
         require_tensorrt(torch.device("cuda"))
@@ -377,7 +377,7 @@ def error_of(bundle: Bundle) -> float:
     device = torch.device("cuda", torch.cuda.current_device())
     weights = bundle.load("transformer", device)
     expected = flows_of(TorchBackend(bundle.manifest.model, weights, device, torch.float32), bundle)
-    got = flows_of(TensorrtBackend(bundle, device, torch.float32), bundle)
+    got = flows_of(transformer_of(bundle, "tensorrt", device, torch.float32), bundle)
     return float((got - expected).norm() / expected.norm())
 
 

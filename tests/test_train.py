@@ -34,7 +34,7 @@ from sfrt_train.data import (
     split_scenes,
 )
 from sfrt_train.loop import weights_of
-from sfrt_train.reader import read_scene
+from sfrt_train.reader import motion_of, read_scene
 from sfrt_train.settings import AutoencoderSettings, FlowSettings, ReadingSettings, Settings
 from sfrt_train.vocabulary import make_tokenizer
 
@@ -74,6 +74,16 @@ def test_reader_reads_what_was_drawn(shape: str, motion: str) -> None:
         scene = Scene(names[colour], shape, motion, names[background])
         clip = make_clip(rng(10 + i), [scene], chunks=5)
         assert read_scene(clip.pixels) == scene
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_reader_knows_a_motion_from_places_that_are_half_a_pixel_off(motion: str) -> None:
+    """As a model's objects are; a bounce that goes round is no circle, nor a circle that trembles a bounce."""
+    scene = Scene("red", "circle", motion, "white")
+    for i in range(20):
+        clip = make_clip(rng(40 + i), [scene], chunks=5)
+        path = np.array([_centre_column_and_row(frame) for frame in clip.pixels])
+        assert motion_of(path + 0.5 * rng(i).normal(size=path.shape)) == motion
 
 
 @pytest.mark.parametrize("motion", MOTIONS)

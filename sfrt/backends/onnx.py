@@ -1,7 +1,8 @@
 """ONNX Runtime on a CPU or a GPU, over the graphs that `sfrt export --onnx` wrote, fed with tensors where they lie.
 
-Settings, and why: one thread pool of torch's size per session, as passes never overlap; no pool for parallel branches,
-as a pass is one chain; no memory arena on a CPU beyond what a pass needs, kept between passes (memory pattern).
+Settings, and why: as many threads as torch has, as passes never overlap; none for parallel branches, as a pass is one
+chain; and none that spin while they wait for work, which would take the cores from the other graphs' and torch's
+threads between the passes (the built-in model's passes take half the time without, on two cores).
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ class OnnxRunner:
         options = self._library.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors; they are raised as well
         return options
 

@@ -29,7 +29,7 @@ def read_scene(pixels: Tensor) -> Scene:
         return Scene("?", "?", "?", _NAMES[ground])
     centres = _centres(masks[seen])
     shape = _most([_shape(mask, centre) for mask, centre in zip(masks[seen], centres, strict=True)])
-    return Scene(_NAMES[colour], shape, _motion(centres.numpy()), _NAMES[ground])
+    return Scene(_NAMES[colour], shape, motion_of(centres.numpy()), _NAMES[ground])
 
 
 def _colours(pixels: Tensor) -> tuple[int, int | None]:
@@ -75,8 +75,8 @@ def _shape(mask: Tensor, centre: Tensor) -> str:
     return name
 
 
-def _motion(centres: np.ndarray) -> str:
-    """Straight along an axis, turning steadily, or neither (bouncing), from centres [F, 2] on the torus."""
+def motion_of(centres: np.ndarray) -> str:
+    """Straight along an axis, round a circle, or neither (bouncing), from centres [F, 2] on the torus."""
     moves = (np.diff(centres, axis=0) + SIZE / 2) % SIZE - SIZE / 2
     smooth = np.stack([np.convolve(moves[:, axis], np.ones(5) / 5, mode="valid") for axis in (0, 1)], axis=1)
     speeds = np.hypot(smooth[:, 0], smooth[:, 1])
@@ -89,12 +89,20 @@ def _motion(centres: np.ndarray) -> str:
             key=lambda pair: pair[1],
         )
         return name if share > math.cos(math.radians(20)) else "bouncing"
-    headings = np.unwrap(np.arctan2(smooth[:, 1], smooth[:, 0]))
-    turns = np.diff(headings)
-    # A bounce may go round too, but straight between the walls.
-    bent = np.quantile(np.abs(turns), 0.25) > 0.04
-    steady = bent and np.mean(np.sign(turns) == np.sign(np.median(turns))) > 0.75
-    return "circling" if steady else "bouncing"
+    return "circling" if _is_circle(np.cumsum(moves, axis=0)) else "bouncing"
+
+
+def _is_circle(path: np.ndarray) -> bool:
+    """Whether a path [F, 2] off the torus keeps its distance from some middle.
+
+    A bounce may go round too, but on a rectangle: its distance varies by 9 % or more, that of a circle whose places are
+    1.5 pixels off by 7 % at most. A straight way to and fro is a circle of no end.
+    """
+    smooth = np.stack([np.convolve(path[:, axis], np.ones(3) / 3, mode="valid") for axis in (0, 1)], axis=1)
+    # The circle nearest to the path: x² + y² = 2·a·x + 2·b·y + c is linear in its middle (a, b).
+    (a, b, _), *_ = np.linalg.lstsq(np.column_stack([2 * smooth, np.ones(len(smooth))]), (smooth**2).sum(1))
+    radii = np.hypot(smooth[:, 0] - a, smooth[:, 1] - b)
+    return bool(radii.std() < 0.08 * radii.mean() and radii.mean() < SIZE / 2)
 
 
 def _most(names: list[str]) -> str:
