@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -261,6 +262,35 @@ def test_an_existing_folder_is_kept(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="model exists already; choose another output folder"):
         export(WEIGHTS, tmp_path / "model")
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+
+
+def test_an_interrupted_export_goes_on(tmp_path: Path) -> None:
+    """The part that was finished is not written again; what another export left is not taken for it."""
+    taehv = save_taehv(tmp_path / "taehv.pt")
+    kept = tmp_path / ".model.interrupted" / "transformer.safetensors"
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage == "decoder":
+            raise KeyboardInterrupt
+
+    def interrupted(**options: Any) -> int:
+        with pytest.raises(KeyboardInterrupt):
+            export(WEIGHTS, tmp_path / "model", taehv=taehv, progress=interrupt, **options)
+        assert [file.name for file in kept.parent.iterdir() if file.suffix == ".safetensors"] == [kept.name]
+        return kept.stat().st_ino
+
+    first = interrupted()
+    assert interrupted() == first, "interrupted again it still has what it had"
+    bundle = export(WEIGHTS, tmp_path / "model", taehv=taehv)
+    assert (bundle.path / kept.name).stat().st_ino == first
+    Bundle.open(bundle.path)
+    assert not kept.parent.exists()
+
+    shutil.rmtree(bundle.path)
+    second = interrupted(dtype="float16")
+    bundle = export(WEIGHTS, tmp_path / "model", taehv=taehv)
+    assert (bundle.path / kept.name).stat().st_ino != second and bundle.manifest.dtype == "bfloat16"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "taehv.pt"]
 
 
 MEASURE = """

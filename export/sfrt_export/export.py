@@ -76,7 +76,8 @@ def export_checkpoint(
     ONNX graphs over the same weights: in these dtypes, or (True) in float32 and the one the transformer is stored in.
     quantize stores the big weights in eight bits (`sfrt_export.quantize`) if that passes the quality gate
     (`sfrt_export.gate`), or in any case with force. Tensors pass one at a time, so memory stays near the size of the
-    mapped checkpoint; the gate aside, which runs the model.
+    mapped checkpoint; the gate aside, which runs the model. After a Ctrl-C the same call goes on behind the last part
+    that was finished.
     Raises CheckpointError, BundleError or ConfigError; nothing is left at `output` then. Warns of a family that was
     not told, and of what a family's bundle lacks.
     """
@@ -113,6 +114,7 @@ def export_checkpoint(
             decoding = (decoder.part.config, _read(decoder)) if decoder else None
             reading = _text_encoder(text, transformer.config.text_len) if text else None
             weights, manifest = _quantized(manifest, weights, decoding, reading, quantize, force, progress)
+        writer.resume(_contents(manifest, transformer, adapter, decoder, text))
         _write(writer, "transformer", weights, progress)
         if decoder:
             _write(writer, "decoder", lazy(decoder.path, decoder.tensors), progress)
@@ -288,6 +290,13 @@ def require_onnx() -> None:
     for library in ("onnx", "onnx_ir"):
         if importlib.util.find_spec(library) is None:
             raise ConfigError(f"ONNX graphs are made with the library {library}; install it: pip install sfrt[onnx]")
+
+
+def _contents(manifest: Manifest, *sources: Checkpoint | None) -> str:
+    """What a bundle is made of: its settings, and the files as they are now."""
+    files = [file for source in sources if source is not None for file in source.files]
+    stats = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    return f"{manifest.dumps()}{stats}"
 
 
 def _hash_sources(checkpoints: Mapping[str, Checkpoint | None], progress: Progress) -> dict[str, FileInfo]:

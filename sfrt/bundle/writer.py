@@ -7,12 +7,13 @@ the tensors' bytes; written here because that library wants all tensors in memor
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+_JOURNAL = "journal.json"
 _DTYPE_NAMES = {
     "torch.float32": "F32",
     "torch.float16": "F16",
@@ -53,13 +55,16 @@ class LazyTensor:
 class BundleWriter:
     """A context manager that writes one bundle.
 
-    Add the files, then `finish` with a manifest; leaving the context without it, for whatever reason, leaves nothing
-    behind. Raises BundleError where the target exists, its parent does not, or the disk is full.
+    Add the files, then `finish` with a manifest; leaving the context without it leaves nothing behind, but for a Ctrl-C
+    after `resume`. Raises BundleError where the target exists, its parent does not, or the disk is full.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self._target = Path(directory)
         self._work = self._target.parent / f".{self._target.name}.{os.getpid()}.partial"
+        self._interrupted = self._target.parent / f".{self._target.name}.interrupted"
+        self._contents: str | None = None
+        self._taken_over: dict[str, FileInfo] = {}
         self._files: dict[str, FileInfo] = {}
 
     def __enter__(self) -> BundleWriter:
@@ -76,7 +81,32 @@ class BundleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self._work, ignore_errors=True)  # gone already when finish renamed it
+        if kind is not None and issubclass(kind, KeyboardInterrupt) and self._contents is not None:
+            self._keep({**self._taken_over, **self._files})
+        shutil.rmtree(self._work, ignore_errors=True)  # gone already when it was renamed
+
+    def resume(self, contents: str) -> None:
+        """Take over the parts that an interrupted writer of the same contents finished; interrupted, leave them again.
+
+        contents is text that says what the bundle is made of. What is left of other contents is removed.
+        """
+        self._contents = hashlib.sha256(contents.encode()).hexdigest()
+        with contextlib.suppress(OSError, ValueError):  # none there, or nothing that can be used
+            journal = json.loads((self._interrupted / _JOURNAL).read_bytes())
+            for name, info in journal["files"].items() if journal["contents"] == self._contents else ():
+                (self._interrupted / name).rename(self._work / name)
+                self._taken_over[name] = FileInfo(**info)
+        shutil.rmtree(self._interrupted, ignore_errors=True)
+
+    def _keep(self, finished: Mapping[str, FileInfo]) -> None:
+        """Leave these files for the next writer of the same contents, as far as the disk allows."""
+        with contextlib.suppress(OSError):
+            for file in self._work.iterdir():
+                if file.name not in finished:
+                    file.unlink()
+            journal = {"contents": self._contents, "files": {name: asdict(info) for name, info in finished.items()}}
+            (self._work / _JOURNAL).write_text(json.dumps(journal))
+            self._work.rename(self._interrupted)
 
     def add_tensors(
         self,
@@ -91,6 +121,10 @@ class BundleWriter:
         name = f"{part}.safetensors"
         lazy = {key: _as_lazy(value) for key, value in tensors.items()}
         needed = sum(value.nbytes for value in lazy.values())
+        if name in self._taken_over:
+            self._files[name] = self._taken_over[name]
+            progress(needed)
+            return
         free = shutil.disk_usage(self._work).free
         if needed > free:
             raise BundleError(
