@@ -77,12 +77,13 @@ def run(stage: str, folder: Path) -> dict[str, float]:
 
 
 def make(folder: Path) -> None:
-    """Normals in bfloat16 under published names, products scaled by fan-in."""
+    """Normals in bfloat16 under published names: products scaled by fan-in, biases small, norms about one."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, shape in published_shapes(ModelConfig()).items():
-        scale = math.prod(shape[1:]) ** -0.5
-        weights[name] = (torch.randn(shape, generator=generator) * scale).bfloat16()
+        middle = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        scale = 0.02 if len(shape) == 1 else math.prod(shape[1:]) ** -0.5
+        weights[name] = (middle + torch.randn(shape, generator=generator) * scale).bfloat16()
     torch.save({"generator_ema": weights}, folder / "model.pt")
 
 
@@ -100,14 +101,14 @@ def with_onnx(folder: Path) -> None:
 
 def one_pass(folder: Path, backend: str) -> None:
     """Two chunks: the second one's pass sees the first in the ring. The flow goes to a file."""
-    torch.manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     bundle = Bundle.open(folder / "bundle", verify=False)
     model, ring = bundle.manifest.model, ring_for(STREAM)
     grid = Grid.of(model, STREAM)
     running = transformer_of(bundle, backend, torch.device("cpu"), torch.float32, verify=False)
     rollout = running.rollout(grid, ring, chunk_sizes(STREAM), (TIMESTEP, 0.0))
-    rollout.set_text(torch.randn(model.text_len, model.text_dim))
-    chunks = torch.randn(2, STREAM.chunk * grid.tokens, model.token_dim)
+    rollout.set_text(torch.randn(model.text_len, model.text_dim, generator=generator))
+    chunks = torch.randn(2, STREAM.chunk * grid.tokens, model.token_dim, generator=generator)
     rollout.place(ring.plan(0, STREAM.chunk))
     rollout.refresh(chunks[0], 0.0)
     rollout.place(ring.plan(STREAM.chunk, STREAM.chunk))

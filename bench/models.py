@@ -62,6 +62,7 @@ class RandomModel:
         self.shape = shape
         self.backend = backend
         self.device = torch.device(device)
+        self.dtype = DTYPES[dtype]
         self._names = (name, dtype, device)
         self.grid = Grid.of(shape.model, shape.stream)
         self.text = torch.randn(shape.model.text_len, shape.model.text_dim, device=self.device)

@@ -19,6 +19,7 @@ from sfrt.backends import Backend, require_backend
 from sfrt.bundle import DTypeName
 from sfrt.config import DecoderConfig, ModelConfig, Umt5Config
 from sfrt.decoders import Decoder, load_decoder
+from sfrt.errors import ConfigError
 from sfrt.text import PromptEncoder, Umt5Encoder
 from sfrt.weights import assign
 
@@ -28,7 +29,7 @@ def transformer_on(
     backend: str, config: ModelConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Backend]:
     """The transformer over tensors named as in a bundle, which it takes over: the mapping may be emptied."""
-    require_backend(backend)
+    _require_graph_runner(backend)
     if backend == "torch":
         from sfrt.backends.torch import TorchBackend
 
@@ -48,6 +49,7 @@ def decoder_on(
     backend: str, config: DecoderConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Decoder]:
     """The autoencoder over its tensors."""
+    _require_graph_runner(backend)
     if backend == "torch":
         yield load_decoder(config, weights, device, dtype)
         return
@@ -70,6 +72,7 @@ def text_encoder_on(
     dtype: torch.dtype,
 ) -> Iterator[PromptEncoder]:
     """The text encoder over its tensors."""
+    _require_graph_runner(backend)
     if backend == "torch":
         with torch.device("meta"):
             encoder = Umt5Encoder(config)
@@ -84,6 +87,16 @@ def text_encoder_on(
         graphs = text_encoder_graphs(config, text_len, folder, _name(dtype))
         write_graphs(graphs, folder, _name(dtype))
         yield ExportedTextEncoder(OnnxRunner(folder, device, dtype, _provider(backend)), config)
+
+
+def _require_graph_runner(backend: str) -> None:
+    """Raise ConfigError for a backend that is unknown, or that needs more than tensors and graphs."""
+    require_backend(backend)
+    if backend == "tensorrt":
+        raise ConfigError(
+            "TensorRT runs plans that are built for a bundle; export one with --tensorrt and open it, "
+            "or verify and measure its graphs with --backend onnx"
+        )
 
 
 @contextmanager
