@@ -9,6 +9,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.conftest import Record, milliseconds
 from bench.models import Shape, case_of, random_decoder
 from bench.protocol import peak
+from sfrt.device import dtype_name
 from sfrt.ops.layout import frames_from_pixels
 
 
@@ -26,6 +27,6 @@ def test_decode(benchmark: BenchmarkFixture, shape: Shape, device: str, kind: st
             frames_from_pixels(decoder.decode(latents, state)[0].squeeze(0)).cpu()
 
         benchmark.pedantic(decode, rounds=20, warmup_rounds=3)
-    ran_in = str(decoder.dtype).removeprefix("torch.")  # an autoencoder may run in another than the model's
+    ran_in = dtype_name(decoder.dtype)  # an autoencoder may run in another than the model's
     case = case_of(shape.name, f"random {config}", stream, "torch", ran_in, device, decoder=kind)
     record(case, [milliseconds("decode_ms", benchmark), peak(device)])

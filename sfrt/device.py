@@ -42,6 +42,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Memory that can be had on the device now; None where the system does not say."""
     if device.type == "cuda":

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sfrt.bundle.writer import LazyTensor
 from sfrt.config import ModelConfig
+from sfrt.device import dtype_name
 from sfrt.errors import CheckpointError
 from sfrt.weights import few
 from sfrt_export import spellings
@@ -121,7 +122,7 @@ def named_tensors(source: Source, data: Mapping[str, Any]) -> dict[str, Tensor]:
         if name in tensors:
             raise CheckpointError(f"{source.path} holds {name} twice, under different prefixes; it is not one model")
         if value.dtype not in _DTYPES:
-            kind = str(value.dtype).removeprefix("torch.")
+            kind = dtype_name(value.dtype)
             raise CheckpointError(
                 f"{source.path}: {name} is {kind}, not a 16- or 32-bit float; use the checkpoint that is not quantised"
             )

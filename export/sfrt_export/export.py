@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from sfrt.errors import ConfigError
 from sfrt.text import TextEncoder, Tokenizer, Umt5Encoder
 from sfrt.text import load_text_encoder as load_text_encoder_of
 from sfrt.weights import assign
+from sfrt_export.bundle_graphs import bundle_graphs, require_onnx
 from sfrt_export.checkpoint import Checkpoint, TransformerCheckpoint, finite, lazy, load_transformer
 from sfrt_export.families import Family, family_of
 from sfrt_export.gate import Subject, embeddings, gate
@@ -73,7 +73,7 @@ def export_checkpoint(
     lora is an adapter to merge into the transformer; lora_alpha: see `load_adapter`. vae or taehv is the decoder;
     text_encoder and tokenizer go together; paths may be files or folders. stream overrides fields of the family's
     StreamConfig. dtype converts the transformer, None keeps it as stored; other parts stay as stored. onnx writes
-    ONNX graphs over the same weights: in these dtypes, or (True) in float32 and the one the transformer is stored in.
+    ONNX graphs over the same weights: in these dtypes, or (True) in the stored one and what CPUs and GPUs stream in.
     quantize stores the big weights in eight bits (`sfrt_export.quantize`) if that passes the quality gate
     (`sfrt_export.gate`), or in any case with force. Tensors pass one at a time, so memory stays near the size of the
     mapped checkpoint; the gate aside, which runs the model. After a Ctrl-C the same call goes on behind the last part
@@ -108,7 +108,7 @@ def export_checkpoint(
             text_encoder=text.config if text else None,
         )
         if onnx:
-            graphs = ("float32", manifest.dtype) if onnx is True else onnx
+            graphs = ("float32", "bfloat16", manifest.dtype) if onnx is True else onnx
             manifest = dataclasses.replace(manifest, graphs=tuple(dict.fromkeys(graphs)))
         if quantize is not None:
             decoding = (decoder.part.config, _read(decoder)) if decoder else None
@@ -267,29 +267,6 @@ def _main_dtype(weights: Mapping[str, LazyTensor]) -> DTypeName:
 
 def _write(writer: BundleWriter, part: Part, tensors: Mapping[str, LazyTensor], progress: Progress) -> None:
     writer.add_tensors(part, tensors, _counter(part, sum(tensor.nbytes for tensor in tensors.values()), progress))
-
-
-def bundle_graphs(manifest: Manifest, folder: Path) -> list[str]:
-    """Write the ONNX graphs that the manifest names, for all its parts, beside their weights; the files' names."""
-    from sfrt_export.onnx_graph import decoder_graphs, text_encoder_graphs, transformer_graphs, write_graphs
-
-    model, decoder, text = manifest.model, manifest.decoder, manifest.text_encoder
-    names = []
-    for dtype in manifest.graphs:
-        names += write_graphs(transformer_graphs(model, folder, dtype), folder, dtype)
-        if text is not None:
-            names += write_graphs(text_encoder_graphs(text, model.text_len, folder, dtype), folder, dtype)
-    if decoder is not None:
-        for dtype in manifest.graph_dtypes("decoder"):
-            names += write_graphs(decoder_graphs(decoder.config, folder, dtype), folder, dtype)
-    return names
-
-
-def require_onnx() -> None:
-    """Raise ConfigError where the libraries that graphs are made with are missing."""
-    for library in ("onnx", "onnx_ir"):
-        if importlib.util.find_spec(library) is None:
-            raise ConfigError(f"ONNX graphs are made with the library {library}; install it: pip install sfrt[onnx]")
 
 
 def _contents(manifest: Manifest, *sources: Checkpoint | None) -> str:

@@ -16,12 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sfrt.backends import Backend, require_backend
+from sfrt.backends.onnx import why_not
 from sfrt.bundle import DTypeName
 from sfrt.config import DecoderConfig, ModelConfig, Umt5Config
 from sfrt.decoders import Decoder, load_decoder
+from sfrt.device import dtype_name
 from sfrt.errors import ConfigError
 from sfrt.text import PromptEncoder, Umt5Encoder
 from sfrt.weights import assign
+from sfrt_export.bundle_graphs import require_onnx
 
 
 @contextmanager
@@ -29,7 +32,7 @@ def transformer_on(
     backend: str, config: ModelConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Backend]:
     """The transformer over tensors named as in a bundle, which it takes over: the mapping may be emptied."""
-    _require_graph_runner(backend)
+    _require_runner(backend, device, dtype)
     if backend == "torch":
         from sfrt.backends.torch import TorchBackend
 
@@ -49,7 +52,7 @@ def decoder_on(
     backend: str, config: DecoderConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Decoder]:
     """The autoencoder over its tensors."""
-    _require_graph_runner(backend)
+    _require_runner(backend, device, dtype)
     if backend == "torch":
         yield load_decoder(config, weights, device, dtype)
         return
@@ -72,7 +75,7 @@ def text_encoder_on(
     dtype: torch.dtype,
 ) -> Iterator[PromptEncoder]:
     """The text encoder over its tensors."""
-    _require_graph_runner(backend)
+    _require_runner(backend, device, dtype)
     if backend == "torch":
         with torch.device("meta"):
             encoder = Umt5Encoder(config)
@@ -89,14 +92,18 @@ def text_encoder_on(
         yield ExportedTextEncoder(OnnxRunner(folder, device, dtype, _provider(backend)), config)
 
 
-def _require_graph_runner(backend: str) -> None:
-    """Raise ConfigError for a backend that is unknown, or that needs more than tensors and graphs."""
+def _require_runner(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError or DeviceError, before graphs are made, for a backend that cannot run them here."""
     require_backend(backend)
     if backend == "tensorrt":
         raise ConfigError(
             "TensorRT runs plans that are built for a bundle; export one with --tensorrt and open it, "
             "or verify and measure its graphs with --backend onnx"
         )
+    if backend != "torch":
+        require_onnx()
+        if (reason := why_not(_provider(backend) or device.type, device, dtype)) is not None:
+            raise reason
 
 
 @contextmanager
@@ -112,4 +119,4 @@ def _provider(backend: str) -> str | None:
 
 
 def _name(dtype: torch.dtype) -> DTypeName:
-    return cast(DTypeName, str(dtype).removeprefix("torch."))
+    return cast(DTypeName, dtype_name(dtype))

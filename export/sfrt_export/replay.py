@@ -41,6 +41,7 @@ class RecordingRollout:
 
     def refresh(self, tokens: Tensor, timestep: float) -> None:
         self.flow(tokens, timestep)
+        self._rollout.flow(torch.zeros_like(tokens), timestep)  # so that it is refresh whose keys and values are judged
         self._rollout.refresh(tokens, timestep)
 
 

@@ -40,7 +40,7 @@ from sfrt.backends.tensorrt.plans import (
 )
 from sfrt.bundle import Bundle, DTypeName, Part
 from sfrt.decoders import decoder_dtype
-from sfrt.device import DTYPES, resolve_device
+from sfrt.device import DTYPES, dtype_name, resolve_device
 from sfrt.errors import BundleError, ConfigError, DeviceError
 from sfrt.graphs import OF_PART, GraphName, graph_file
 from sfrt_export.tensorrt_graph import (
@@ -139,7 +139,7 @@ def _dtype_of(bundle: Bundle, part: Part, dtype: DTypeName) -> DTypeName:
     decoder = bundle.manifest.decoder
     if part == "decoder" and decoder is not None:
         beside = decoder_dtype(decoder.config, torch.device("cuda"), DTYPES[dtype])
-        return cast(DTypeName, str(beside).removeprefix("torch."))
+        return cast(DTypeName, dtype_name(beside))
     return dtype
 
 

@@ -78,5 +78,6 @@ class Backend(Protocol):
 
 def require_backend(name: str) -> None:
     """Raise ConfigError unless there is a backend of this name."""
-    if name.partition(":")[0] not in BACKENDS or (":" in name and not name.startswith("onnx:")):
+    kind, colon, provider = name.partition(":")
+    if kind not in BACKENDS or bool(colon) != bool(provider) or (provider and kind != "onnx"):
         raise ConfigError(f"no backend is called {name!r}; choose one of: {', '.join(BACKENDS)}")

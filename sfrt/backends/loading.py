@@ -9,32 +9,45 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from sfrt.backends import Backend, require_backend
-from sfrt.bundle import Bundle, DTypeName, Part
+from sfrt.backends import Backend, Grid, require_backend
+from sfrt.bundle import Bundle, DTypeName, Manifest, Part
 from sfrt.decoders import Decoder, decoder_dtype, load_decoder
-from sfrt.device import require_memory
+from sfrt.device import dtype_name, require_memory
 from sfrt.text import TextEncoder, load_text_encoder, load_tokenizer
 
 if TYPE_CHECKING:
     from sfrt.backends.onnx import OnnxRunner
     from sfrt.backends.tensorrt.running import PlanRunner
 
+_MOST_SCORES = 256 << 20
+_FRAMES_WITHOUT_WINDOW = 21
+"""Latent frames of the clips that models without a window were trained on."""
+
 
 def choose_backend(bundle: Bundle, name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that "auto" means; any other name is checked and returned.
 
-    ONNX Runtime on a CPU where the bundle has graphs for it, as it is the faster one there (bench/results has both);
-    else torch. Raises ConfigError for a name that no backend has.
+    ONNX Runtime on a CPU where the bundle has graphs for it and is small, as its attention holds all scores at once: a
+    small model's passes take half of torch's time there (bench/results). Else torch. Raises ConfigError for a name that
+    no backend has.
     """
     if name != "auto":
         require_backend(name)
         return name
-    if device.type == "cpu" and _name(dtype) in bundle.manifest.graphs:
+    small = _score_bytes(bundle.manifest) <= _MOST_SCORES
+    if device.type == "cpu" and small and _name(dtype) in bundle.manifest.graphs:
         from sfrt.backends.onnx import why_not
 
         if why_not("cpu", device, dtype) is None:
             return "onnx"
     return "torch"
+
+
+def _score_bytes(manifest: Manifest) -> int:
+    """What the attention scores of a pass take in float32, in the bundle's own stream: heads · queries · keys."""
+    model, stream = manifest.model, manifest.stream
+    tokens = Grid.of(model, stream).tokens
+    return 4 * model.num_heads * stream.chunk * tokens * (stream.window or _FRAMES_WITHOUT_WINDOW) * tokens
 
 
 def transformer_of(
@@ -48,7 +61,9 @@ def transformer_of(
     stored: torch.dtype = getattr(torch, bundle.manifest.dtype)
     quantization = bundle.manifest.quantization
     growth = dtype.itemsize / stored.itemsize if quantization is None else 1.0  # quantised weights stay as small
-    _require_memory(bundle, "transformer", "the transformer", device, growth)
+    # Under ONNX Runtime step and refresh are sessions of their own, each with the weights as its kernels want them.
+    copies = 2 if backend.startswith("onnx") else 1
+    _require_memory(bundle, "transformer", "the transformer", device, copies * growth)
     if backend == "torch":
         from sfrt.backends.torch import TorchBackend
 
@@ -87,8 +102,9 @@ def text_encoder_of(bundle: Bundle, backend: str, device: torch.device, *, verif
     ONNX Runtime takes over where it can run the graph of that dtype, torch elsewhere: it runs once a prompt.
     """
     _require_memory(bundle, "text_encoder", "the text encoder", device)
-    config, stored = bundle.manifest.text_encoder, bundle.manifest.dtype
-    if backend.startswith("onnx") and config is not None and stored in bundle.manifest.graphs:
+    config = bundle.manifest.text_encoder
+    stored = bundle.stored_dtype("text_encoder") if config is not None else None
+    if backend.startswith("onnx") and config is not None and stored is not None and stored in bundle.manifest.graphs:
         from sfrt.backends.exported_parts import ExportedTextEncoder
         from sfrt.backends.onnx import why_not
 
@@ -127,4 +143,4 @@ def _require_memory(bundle: Bundle, part: Part, what: str, device: torch.device,
 
 
 def _name(dtype: torch.dtype) -> DTypeName:
-    return cast(DTypeName, str(dtype).removeprefix("torch."))
+    return cast(DTypeName, dtype_name(dtype))

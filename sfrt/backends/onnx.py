@@ -7,7 +7,8 @@ threads between the passes (the built-in model's passes take half the time witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from sfrt.device import dtype_name
 from sfrt.errors import BundleError, ConfigError, DeviceError
 from sfrt.graphs import GraphName, graph_file
 
@@ -36,14 +38,16 @@ class OnnxRunner:
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, provider: str | None = None) -> None:
+        if (reason := why_not(provider or device.type, device, dtype)) is not None:
+            raise reason
         self.device = device
         self.dtype = dtype
         self.on_host: frozenset[str] = frozenset()
         self._folder = folder
         self._provider = provider or device.type
         self._sessions: dict[GraphName, Any] = {}
-        if (reason := why_not(self._provider, device, dtype)) is not None:
-            raise reason
+        # A stream of our own: torch's default one has no handle that ONNX Runtime could be given.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         import onnxruntime
 
         self._library = onnxruntime
@@ -60,10 +64,7 @@ class OnnxRunner:
         for name, tensor in outputs.items():
             self._bind(binding.bind_output, name, tensor)
 
-        def run() -> None:
-            session.run_with_iobinding(binding)
-
-        return run
+        return lambda: self._run(graph, session, binding)
 
     def call(self, graph: GraphName, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All outputs of a graph, in memory that ONNX Runtime makes: for graphs whose sizes differ from run to run."""
@@ -75,8 +76,30 @@ class OnnxRunner:
         names = [output.name for output in session.get_outputs()]
         for name in names:
             binding.bind_output(name, *self._place)
-        session.run_with_iobinding(binding)
+        self._run(graph, session, binding)
         return {name: from_dlpack(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
+
+    def _run(self, graph: GraphName, session: Any, binding: Any) -> None:
+        try:
+            with self._in_order():
+                session.run_with_iobinding(binding)
+        except RuntimeError as error:  # all that ONNX Runtime tells of a run that failed
+            reason = str(error).splitlines()[0]
+            raise DeviceError(
+                f"ONNX Runtime cannot run {graph} on {self.device} ({reason}); "
+                "where it is memory, use a smaller resolution or window, or the torch backend"
+            ) from None
+
+    @contextmanager
+    def _in_order(self) -> Iterator[None]:
+        """On a GPU: behind what torch's stream was given before, and ahead of what it is given next."""
+        if self._stream is None:
+            yield
+            return
+        outer = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(outer)
+        yield
+        outer.wait_stream(self._stream)
 
     def _bind(self, bind: Callable[..., None], name: str, tensor: Tensor) -> None:
         assert tensor.is_contiguous(), name
@@ -93,12 +116,20 @@ class OnnxRunner:
         return self._sessions[graph]
 
     def _load(self, graph: GraphName) -> Any:
-        path = self._folder / graph_file(graph, str(self.dtype).removeprefix("torch."))
+        path = self._folder / graph_file(graph, dtype_name(self.dtype))
         try:
-            return self._library.InferenceSession(path, self._options(), providers=self._providers())
+            session = self._library.InferenceSession(path, self._options(), providers=self._providers())
         except Exception as error:  # its binding raises several types of its own
             reason = str(error).splitlines()[0]
-            raise BundleError(f"{path} cannot be loaded by ONNX Runtime ({reason}); export the bundle again") from None
+            raise BundleError(
+                f"{path} cannot be loaded by ONNX Runtime ({reason}); free memory, or export the bundle again"
+            ) from None
+        if session.get_providers()[0] != PROVIDERS[self._provider]:  # it falls back to others without a word
+            raise DeviceError(
+                f"ONNX Runtime cannot start its {PROVIDERS[self._provider]} here; `sfrt doctor` says more, "
+                "or use the torch backend"
+            )
+        return session
 
     def _options(self) -> Any:
         options = self._library.SessionOptions()
@@ -111,9 +142,8 @@ class OnnxRunner:
     def _providers(self) -> list[Any]:
         if self.device.type == "cpu":
             return [PROVIDERS["cpu"]]
-        # torch's stream, so that passes follow the work that fills their inputs.
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        gpu = {"device_id": self._place[1], "user_compute_stream": str(stream)}
+        assert self._stream is not None
+        gpu = {"device_id": self._place[1], "user_compute_stream": str(self._stream.cuda_stream)}
         first = [(PROVIDERS["tensorrt"], gpu)] if self._provider == "tensorrt" else []
         return [*first, (PROVIDERS["cuda"], gpu), PROVIDERS["cpu"]]
 
@@ -127,8 +157,9 @@ def why_not(provider: str, device: torch.device, dtype: torch.dtype) -> ConfigEr
     if (provider == "cpu") != (device.type == "cpu"):
         return ConfigError(f"the ONNX provider {provider!r} does not run on {device}; choose the device's own")
     if provider == "cpu" and dtype != torch.float32:
-        name = str(dtype).removeprefix("torch.")
-        return ConfigError(f"ONNX Runtime has no {name} kernels for CPUs; use float32 there, or the torch backend")
+        return ConfigError(
+            f"ONNX Runtime has too few {dtype_name(dtype)} kernels for CPUs; use float32 there, or the torch backend"
+        )
     try:
         import onnxruntime
     except ImportError:

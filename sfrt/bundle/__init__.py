@@ -7,6 +7,7 @@ one needs no torch, so that a bundle can be described anywhere.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ BUILT_IN = "shapes"
 
 Part = Literal["transformer", "decoder", "text_encoder"]
 
+_STORED: dict[str, DTypeName] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HASH_BLOCK = 1 << 20
 
 
@@ -121,6 +123,21 @@ class Bundle:
                 return {name: in_dtype(name, file.get_tensor(name), dtype) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise BundleError(f"{path} cannot be read ({error}); copy or export the bundle again") from None
+
+    def stored_dtype(self, part: Part) -> DTypeName:
+        """The dtype that most of a part's tensors have in its file.
+
+        Raises BundleError when the bundle lacks the part, or its file is no safetensors file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self._file(f"{part}.safetensors")
+        try:
+            with safe_open(path, framework="pt") as file:
+                counts = Counter(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise BundleError(f"{path} cannot be read ({error}); copy or export the bundle again") from None
+        return _STORED[counts.most_common(1)[0][0]]
 
     def graph_folder(self, part: Part, dtype: DTypeName, *, verify: bool = False) -> Path:
         """Where the ONNX graphs of a part lie, beside the weights they refer to; verify hashes them all.

@@ -91,7 +91,7 @@ class BundleWriter:
         contents is text that says what the bundle is made of. What is left of other contents is removed.
         """
         self._contents = hashlib.sha256(contents.encode()).hexdigest()
-        with contextlib.suppress(OSError, ValueError):  # none there, or nothing that can be used
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none there, or none that can be used
             journal = json.loads((self._interrupted / _JOURNAL).read_bytes())
             for name, info in journal["files"].items() if journal["contents"] == self._contents else ():
                 (self._interrupted / name).rename(self._work / name)

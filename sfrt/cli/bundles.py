@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +13,7 @@ from sfrt.cli.options import given_settings, json_option, stream_options
 from sfrt.errors import BundleError
 
 if TYPE_CHECKING:
-    from sfrt.bundle import Bundle, DTypeName, Manifest, Quantization
+    from sfrt.bundle import Bundle, Manifest, Quantization
     from sfrt.config import StreamConfig
 
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--text-encoder", metavar="FILE", help="models_t5_umt5-xxl-enc-bf16.pth")
 @click.option("--tokenizer", metavar="FILE", help="The text encoder's tokenizer.json, or its folder.")
 @click.option("--dtype", help="Convert the transformer: float32, bfloat16 or float16.")
-@click.option("--onnx", is_flag=True, help="Write ONNX graphs too, in float32 and the dtype that is stored.")
+@click.option("--onnx", is_flag=True, help="Write ONNX graphs too, in float32, bfloat16 and the dtype that is stored.")
 @click.option("--onnx-dtype", multiple=True, help="Write ONNX graphs in this dtype instead; may be repeated.")
 @click.option("--quantize", help="Keep the big weights in 8 bits: int8, float8 or float8-static.")
 @click.option("--force", is_flag=True, help="Quantise whatever the quality gate says.")
@@ -82,7 +82,7 @@ def export(
         "text_len": text_len,
         "stream": given_settings(settings),
         "dtype": dtype,
-        "onnx": () if is_bundle else _graph_dtypes(onnx, onnx_dtype, tensorrt),
+        "onnx": () if is_bundle else onnx_dtype or (True if onnx or tensorrt else ()),
     }
     settled = onnx or onnx_dtype or any(value not in (None, (), {}) for value in options.values())
     if is_bundle and (settled or bool(quantize) != (output is not None) or not (quantize or tensorrt)):
@@ -104,24 +104,17 @@ def export(
         _build_plans(bundle)
 
 
-def _graph_dtypes(onnx: bool, chosen: tuple[DTypeName, ...], tensorrt: bool) -> Literal[True] | tuple[DTypeName, ...]:
-    """What export_checkpoint is to write graphs in; plans are built from those that a GPU streams in."""
-    if chosen:
-        return chosen
-    if tensorrt:
-        return ("float32", "bfloat16")
-    return True if onnx else ()
-
-
 def _build_plans(bundle: Bundle) -> None:
-    """Plans in the dtype that a GPU streams in by default, or in the first of 16 bits that there are graphs in."""
+    """Plans in the dtype that a GPU streams in by default, or in what else there are graphs in."""
     from sfrt_export.tensorrt_plan import PlanSettings, build_plans
 
     dtypes = [dtype for dtype in ("bfloat16", "float16", "float32") if dtype in bundle.manifest.graphs]
     if not dtypes:
-        raise BundleError(f"the bundle {bundle.path} has no ONNX graphs to build plans from; export it with --onnx")
+        raise BundleError(
+            f"the bundle {bundle.path} has no ONNX graphs to build plans from; export the checkpoint again with --onnx"
+        )
     for path in build_plans(bundle, settings=PlanSettings(dtype=dtypes[0])):
-        click.echo(path)
+        click.echo(path, err=True)  # standard output may be the manifest's
 
 
 class _StageBars:

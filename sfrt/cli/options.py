@@ -54,4 +54,9 @@ device_option = click.option("--device", default="auto", show_default=True, help
 
 def backend_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """--backend."""
-    return click.option("--backend", default=default, show_default=True, help="What runs it: torch, onnx, tensorrt.")
+    return click.option(
+        "--backend",
+        default=default,
+        show_default=True,
+        help="What runs it: torch, onnx (or onnx:PROVIDER: cpu, cuda, tensorrt), tensorrt.",
+    )

@@ -66,6 +66,7 @@ def generate(
         raise click.UsageError("--seconds and --chunks both say how long; give one of them")
     if as_json and output == "-":
         raise click.UsageError("--json and -o - would share standard output; give the video a file")
+    from sfrt.device import dtype_name
     from sfrt.metrics import StreamMeter
     from sfrt.runtime import Runtime
     from sfrt.video import check_target, open_writer
@@ -90,7 +91,7 @@ def generate(
         return
     settings_used = {
         "device": str(runtime.device),
-        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "dtype": dtype_name(runtime.dtype),
         "backend": runtime.backend,
         **dataclasses.asdict(stream),
     }

@@ -13,7 +13,7 @@ from sfrt.bundle import Bundle, Manifest, TaehvPart
 from sfrt.bundle.manifest import MANIFEST
 from sfrt.bundle.writer import BundleWriter
 from sfrt.errors import BundleError
-from sfrt_export.export import bundle_graphs
+from sfrt_export.bundle_graphs import bundle_graphs, require_onnx
 from sfrt_train import autoencoder, flow
 from sfrt_train.loop import weights_of
 from sfrt_train.settings import Settings
@@ -26,10 +26,10 @@ FAMILY = "Self Forcing runtime, built-in"
 def export(settings: Settings, folder: Path, target: Path) -> Bundle:
     """Write the bundle of what `folder` holds, in float16, with ONNX graphs that compute in float32.
 
-    A bundle at `target` is replaced once all is written.
-
-    Raises BundleError where something else is at `target`.
+    A bundle at `target` is replaced once all is written. Raises BundleError where something else is at `target`, and
+    ConfigError where what makes graphs is missing.
     """
+    require_onnx()
     if target.exists() and not (target / MANIFEST).is_file():
         raise BundleError(f"{target} is no bundle, so it is not replaced; choose another output folder")
     trained = weights_of(folder, flow.NAME)

@@ -119,14 +119,23 @@ def usable_plans(bundle: Bundle, graph: GraphName, dtype: DTypeName, target: Tar
 
     Raises BundleError where there are none, with the reason why one that is there is none of them.
     """
-    files = sorted((bundle.path / FOLDER).glob(f"{graph}.{dtype}.*.plan"))
-    infos = {file: read_info(file) for file in files}
-    reasons = {file: info.differs(target, bundle) for file, info in infos.items()}
-    usable = {file: info for file, info in infos.items() if reasons[file] is None}
+    usable: dict[Path, PlanInfo] = {}
+    refused: list[str] = []
+    for file in sorted((bundle.path / FOLDER).glob(f"{graph}.{dtype}.*.plan")):
+        try:
+            info = read_info(file)
+        except BundleError as error:  # one that is damaged or of another sfrt keeps no other from being used
+            refused.append(str(error))
+            continue
+        reason = info.differs(target, bundle)
+        if reason is None:
+            usable[file] = info
+        else:
+            refused.append(f"{file} {reason}; {HOW_TO_BUILD}")
     if usable:
         return usable
-    if files:
-        raise BundleError(f"{files[0]} {reasons[files[0]]}; {HOW_TO_BUILD}")
+    if refused:
+        raise BundleError(refused[0])
     raise BundleError(f"the bundle {bundle.path} has no TensorRT plan of {graph} in {dtype}; {HOW_TO_BUILD}")
 
 
