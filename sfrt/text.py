@@ -152,7 +152,7 @@ class Umt5Encoder(nn.Module):
         self.token_embedding = _embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RmsNorm(config.dim)
-        if not self.token_embedding.weight.is_meta:  # where normals alone would import torch's compiler
+        if not self.token_embedding.weight.is_meta:  # nothing to fill there, and normal_ would import torch's compiler
             self._reset_parameters()
 
     @property

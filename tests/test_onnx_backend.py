@@ -19,22 +19,24 @@ from safetensors.torch import load_file, save_file
 
 from sfrt import Runtime, graphs
 from sfrt.backends import Grid, require_backend
-from sfrt.bundle import Bundle
+from sfrt.bundle import Bundle, resolve_model
 from sfrt.config import ModelConfig, StreamConfig
 from sfrt.errors import BundleError, ConfigError, DeviceError
 from sfrt.ring import chunk_sizes, ring_for
 from sfrt.transformer import Transformer
+from sfrt_export.bundle_graphs import bundle_graphs
 from sfrt_export.export import export_checkpoint
 from sfrt_export.parts_on import transformer_on
 from sfrt_export.replay import replay_rollout
 from sfrt_export.verify import relative_error
 
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime", minversion="1.25")
-from sfrt.backends.exported import ExportedBackend
-from sfrt.backends.loading import choose_backend
-from sfrt.backends.onnx import OnnxRunner
-from sfrt_export import onnx_graph
+from sfrt.backends.exported import ExportedBackend  # noqa: E402
+from sfrt.backends.loading import choose_backend  # noqa: E402
+from sfrt.backends.onnx import OnnxRunner  # noqa: E402
+from sfrt_export import onnx_graph  # noqa: E402
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parent / "golden" / "dit"
@@ -300,3 +302,14 @@ def test_auto_leaves_large_attention_to_torch(exported: Path) -> None:
     small = replace(bundle.manifest, stream=replace(bundle.manifest.stream, height=64, width=96))
     assert choose_backend(replace(bundle, manifest=small), "auto", CPU, torch.float32) == "onnx"
     assert choose_backend(replace(bundle, manifest=small), "auto", CPU, torch.bfloat16) == "torch"
+
+
+def test_the_built_in_graphs_are_what_export_makes_now(tmp_path: Path) -> None:
+    bundle = Bundle.open(resolve_model())
+    for part in ("transformer", "decoder", "text_encoder"):
+        shutil.copy(bundle.path / f"{part}.safetensors", tmp_path)
+    names = bundle_graphs(bundle.manifest, tmp_path)
+    assert sorted(names) == sorted(path.name for path in bundle.path.glob("*.onnx"))
+    for name in names:
+        ours, shipped = (onnx.load(folder / name, load_external_data=False) for folder in (tmp_path, bundle.path))
+        assert ours.graph == shipped.graph, name

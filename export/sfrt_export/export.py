@@ -156,9 +156,9 @@ def quantize_bundle(
         weights, manifest = _quantized(manifest, plain, decoding, reading, method, force, progress)
         _write(writer, "transformer", weights, progress)
         if given.decoder:
-            writer.add_tensors("decoder", source.load("decoder"))
+            writer.add_file("decoder.safetensors", source.path / "decoder.safetensors")
         if given.text_encoder:
-            writer.add_tensors("text_encoder", source.load("text_encoder"))
+            writer.add_file("text_encoder.safetensors", source.path / "text_encoder.safetensors")
             writer.add_tokenizer(source.tokenizer_path)
         if given.graphs:
             writer.add_graphs(partial(bundle_graphs, manifest))

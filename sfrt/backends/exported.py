@@ -163,9 +163,12 @@ class ExportedRollout:
         self._rows = {timestep: row for row, timestep in enumerate(timesteps)}
         slots = slots or self._blocks.slots
         self._buffers = Buffers.of(runner, config, sizes.later, slots, grid.tokens, len(timesteps))
-        self._runs: dict[tuple[GraphName, int], Callable[[], None]] = {}
         self._count = 0
         self._fill_tables(timesteps)
+        # Bound here, not when they are first run: a stream allocates nothing on its way.
+        counts = {grid.tokens * size for size in (sizes.first, sizes.later)}
+        self._steps = {count: self._bind(count, refresh=False) for count in counts}
+        self._refreshes = {count: self._bind(count, refresh=True) for count in counts}
         self._read_text = runner.bind("text_kv", {graphs.EMBEDS: self._buffers.embeds}, self._buffers.text_outputs())
 
     @torch.inference_mode()
@@ -191,22 +194,25 @@ class ExportedRollout:
     @torch.inference_mode()
     def flow(self, tokens: Tensor, timestep: float) -> Tensor:
         """The flow lies in a buffer that the next pass writes to."""
-        self._run("step_masked" if self._blocks.has_holes else "step", tokens, timestep)
+        self._run(self._steps[self._count], tokens, timestep)
         return self._buffers.flow[: self._count]
 
     @torch.inference_mode()
     def refresh(self, tokens: Tensor, timestep: float) -> None:
-        self._run("refresh_masked" if self._blocks.has_holes else "refresh", tokens, timestep)
+        self._run(self._refreshes[self._count], tokens, timestep)
 
-    def _run(self, graph: GraphName, tokens: Tensor, timestep: float) -> None:
-        buffers, key = self._buffers, (graph, self._count)
-        if key not in self._runs:
-            inputs = buffers.pass_inputs(self._count, masked=self._blocks.has_holes)
-            outputs = buffers.pass_outputs(self._count, refresh=graph.startswith("refresh"))
-            self._runs[key] = self._runner.bind(graph, inputs, outputs)
-        buffers.tokens[: self._count] = tokens
-        buffers.step.fill_(self._rows[timestep])
-        self._runs[key]()
+    def _run(self, run: Callable[[], None], tokens: Tensor, timestep: float) -> None:
+        self._buffers.tokens[: self._count] = tokens
+        self._buffers.step.fill_(self._rows[timestep])
+        run()
+
+    def _bind(self, count: int, *, refresh: bool) -> Callable[[], None]:
+        """A pass over chunks of so many tokens."""
+        buffers, masked = self._buffers, self._blocks.has_holes
+        plain: GraphName = "refresh" if refresh else "step"
+        with_mask: GraphName = "refresh_masked" if refresh else "step_masked"
+        inputs, outputs = buffers.pass_inputs(count, masked), buffers.pass_outputs(count, refresh)
+        return self._runner.bind(with_mask if masked else plain, inputs, outputs)
 
     @torch.inference_mode()
     def _fill_tables(self, timesteps: tuple[float, ...]) -> None:

@@ -149,15 +149,18 @@ class BundleWriter:
 
     def add_tokenizer(self, source: str | Path) -> None:
         """Copy a tokenizer file in."""
+        self.add_file(TOKENIZER, Path(source))
+
+    def add_file(self, name: str, source: Path) -> None:
+        """Copy a file in as it is. Raises BundleError where it cannot be read."""
+        info = FileInfo(source.stat().st_size, hash_file(source)) if source.is_file() else None
+        if info is None:
+            raise BundleError(f"{source} is not a file; check its path")
         try:
-            data = Path(source).read_bytes()
-        except OSError as error:
-            raise BundleError(f"the tokenizer {source} cannot be read ({error.strerror}); check its path") from None
-        try:
-            (self._work / TOKENIZER).write_bytes(data)
+            shutil.copyfile(source, self._work / name)
         except OSError as error:
             raise self._failure(error) from None
-        self._files[TOKENIZER] = FileInfo(len(data), hashlib.sha256(data).hexdigest())
+        self._files[name] = info
 
     def finish(self, manifest: Manifest) -> Bundle:
         """Write the manifest, its `files` filled in, and move the bundle to its place.

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--quantize", help="Keep the big weights in 8 bits: int8, float8 or float8-static.")
 @click.option("--force", is_flag=True, help="Quantise whatever the quality gate says.")
 @click.option("--tensorrt", is_flag=True, help="Build TensorRT plans for this machine's GPU from the graphs as well.")
+@click.option("--any-start", is_flag=True, help="Plans for streams that go on from pictures and clips, too.")
 @click.option("--heads", type=int, help="Attention heads, where they are not 128 wide.")
 @click.option("--text-len", type=int, help="Text slots, where they are not 512.")
 @stream_options
@@ -53,6 +54,7 @@ def export(
     onnx: bool,
     onnx_dtype: tuple[Any, ...],
     tensorrt: bool,
+    any_start: bool,
     quantize: Any,
     force: bool,
     heads: int | None,
@@ -101,10 +103,10 @@ def export(
         raise click.UsageError("give the new bundle a folder: -o DIR")
     click.echo(bundle.manifest.dumps() if as_json else _describe(bundle.manifest))
     if tensorrt:
-        _build_plans(bundle)
+        _build_plans(bundle, any_start)
 
 
-def _build_plans(bundle: Bundle) -> None:
+def _build_plans(bundle: Bundle, any_start: bool) -> None:
     """Plans in the dtype that a GPU streams in by default, or in what else there are graphs in."""
     from sfrt_export.tensorrt_plan import PlanSettings, build_plans
 
@@ -113,7 +115,7 @@ def _build_plans(bundle: Bundle) -> None:
         raise BundleError(
             f"the bundle {bundle.path} has no ONNX graphs to build plans from; export the checkpoint again with --onnx"
         )
-    for path in build_plans(bundle, settings=PlanSettings(dtype=dtypes[0])):
+    for path in build_plans(bundle, settings=PlanSettings(dtype=dtypes[0], any_start=any_start)):
         click.echo(path, err=True)  # standard output may be the manifest's
 
 

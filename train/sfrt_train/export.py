@@ -43,8 +43,11 @@ def export(settings: Settings, folder: Path, target: Path) -> Bundle:
         writer.add_tokenizer(make_tokenizer(settings, folder))
         writer.add_graphs(partial(bundle_graphs, manifest(settings)))
         writer.finish(manifest(settings))
-    shutil.rmtree(target, ignore_errors=True)
+    before = target.with_name(f"{target.name}.old")
+    if target.exists():
+        target.rename(before)  # there until the new one is in its place
     fresh.rename(target)
+    shutil.rmtree(before, ignore_errors=True)
     return Bundle.open(target)
 
 

@@ -64,7 +64,7 @@ class _Pass:
             builder.output(graphs.FLOW, builder.cast(flow, _FLOAT), [_TOKENS, config.token_dim], _FLOAT)
         for (kind, layer), ring in self._rings.items():
             builder.output(graphs.ring_out(kind, layer), ring, self._ring_shape)
-        return builder.model("refresh" if refresh else "step")
+        return builder.model(("refresh" if refresh else "step") + ("_masked" if self._mask is not None else ""))
 
     def _block(self, x: ir.Value, layer: int) -> ir.Value:
         builder, name = self._builder, f"blocks.{layer}"

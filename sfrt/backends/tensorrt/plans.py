@@ -23,7 +23,10 @@ from sfrt.graphs import OF_PART, GraphName, graph_file
 
 FOLDER = "plans"
 FORMAT = 1
-HOW_TO_BUILD = "build plans on this machine: sfrt export BUNDLE --tensorrt"
+HOW_TO_BUILD = (
+    "build plans on this machine: sfrt export BUNDLE --tensorrt (with --any-start for streams that go on from a "
+    "picture), or use the torch backend"
+)
 
 _LONGEST_HEADER = 1 << 20
 
