@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from tensorrt import ICudaEngine, IExecutionContext
 
 
+_CAPTURED_AFTER = 16
+"""Runs with the same values before one is captured: more than a chunk's, as a ring that fills changes them with every
+chunk, and a capture has torch wait for the GPU and give memory back."""
+
+
 class PlanRunner:
     """A bundle's plans in one dtype on one GPU, each loaded when it is first used.
 
@@ -165,7 +170,7 @@ class PlanRunner:
 
 
 class BoundPlan:
-    """A plan over one set of tensors: run as it is the first time, captured the second, replayed from then on.
+    """A plan over one set of tensors: run as it is at first, then captured and replayed.
 
     All of that anew whenever an input on the host changes its value, which a captured run has built in.
     """
@@ -186,6 +191,7 @@ class BoundPlan:
         self._sizes = info.sizes_of(_shapes(inputs))
         self._contexts: dict[int, tuple[IExecutionContext, Tensor]] = {}
         self._values: dict[str, int] | None = None
+        self._settled = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
@@ -194,9 +200,10 @@ class BoundPlan:
     def _run(self) -> None:
         values = {name: int(self._inputs[name]) for name in self._info.values}
         if values != self._values:
-            self._graph = None
+            self._values, self._settled, self._graph = values, 0, None
+        if self._settled < _CAPTURED_AFTER:
+            self._settled += 1
             self._runner.enqueue(self._context(values))
-            self._values = values
             return
         if self._graph is None:
             self._graph = self._runner.capture(self._context(values))
