@@ -5,18 +5,19 @@ Backends that run exported graphs get them made on the way, in a folder that las
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sfrt.backends import Backend, require_backend
-from sfrt.backends.onnx import why_not
+from sfrt.backends.onnx import OnnxRunner, why_not
 from sfrt.bundle import DTypeName
 from sfrt.config import DecoderConfig, ModelConfig, Umt5Config
 from sfrt.decoders import Decoder, load_decoder
@@ -25,6 +26,9 @@ from sfrt.errors import ConfigError
 from sfrt.text import PromptEncoder, Umt5Encoder
 from sfrt.weights import assign
 from sfrt_export.bundle_graphs import require_onnx
+
+if TYPE_CHECKING:
+    from sfrt_export.onnx_graph import Graphs
 
 
 @contextmanager
@@ -39,12 +43,10 @@ def transformer_on(
         yield TorchBackend(config, weights, device, dtype)
         return
     from sfrt.backends.exported import ExportedBackend
-    from sfrt.backends.onnx import OnnxRunner
-    from sfrt_export.onnx_graph import transformer_graphs, write_graphs
+    from sfrt_export.onnx_graph import transformer_graphs
 
-    with _folder("transformer", weights) as folder:
-        write_graphs(transformer_graphs(config, folder, _name(dtype)), folder, _name(dtype))
-        yield ExportedBackend(OnnxRunner(folder, device, dtype, _provider(backend)), config)
+    with _graphs_of("transformer", weights, partial(transformer_graphs, config), backend, device, dtype) as runner:
+        yield ExportedBackend(runner, config)
 
 
 @contextmanager
@@ -57,12 +59,10 @@ def decoder_on(
         yield load_decoder(config, weights, device, dtype)
         return
     from sfrt.backends.exported_parts import ExportedDecoder
-    from sfrt.backends.onnx import OnnxRunner
-    from sfrt_export.onnx_graph import decoder_graphs, write_graphs
+    from sfrt_export.onnx_graph import decoder_graphs
 
-    with _folder("decoder", weights) as folder:
-        write_graphs(decoder_graphs(config, folder, _name(dtype)), folder, _name(dtype))
-        yield ExportedDecoder(OnnxRunner(folder, device, dtype, _provider(backend)), config)
+    with _graphs_of("decoder", weights, partial(decoder_graphs, config), backend, device, dtype) as runner:
+        yield ExportedDecoder(runner, config)
 
 
 @contextmanager
@@ -83,13 +83,11 @@ def text_encoder_on(
         yield encoder.requires_grad_(False)
         return
     from sfrt.backends.exported_parts import ExportedTextEncoder
-    from sfrt.backends.onnx import OnnxRunner
-    from sfrt_export.onnx_graph import text_encoder_graphs, write_graphs
+    from sfrt_export.onnx_graph import text_encoder_graphs
 
-    with _folder("text_encoder", weights) as folder:
-        graphs = text_encoder_graphs(config, text_len, folder, _name(dtype))
-        write_graphs(graphs, folder, _name(dtype))
-        yield ExportedTextEncoder(OnnxRunner(folder, device, dtype, _provider(backend)), config)
+    make = partial(text_encoder_graphs, config, text_len)
+    with _graphs_of("text_encoder", weights, make, backend, device, dtype) as runner:
+        yield ExportedTextEncoder(runner, config)
 
 
 def _require_runner(backend: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -107,16 +105,24 @@ def _require_runner(backend: str, device: torch.device, dtype: torch.dtype) -> N
 
 
 @contextmanager
-def _folder(part: str, weights: dict[str, Tensor]) -> Iterator[Path]:
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, folder / f"{part}.safetensors")
-        yield folder
+def _graphs_of(
+    part: str,
+    weights: dict[str, Tensor],
+    make: Callable[[Path, DTypeName], Graphs],
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[OnnxRunner]:
+    """What runs the graphs that `make` makes over these weights."""
+    from sfrt_export.onnx_graph import write_graphs
+
+    name = cast(DTypeName, dtype_name(dtype))
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        save_file({key: weight.cpu().contiguous() for key, weight in weights.items()}, folder / f"{part}.safetensors")
+        write_graphs(make(folder, name), folder, name)
+        yield OnnxRunner(folder, device, dtype, _provider(backend))
 
 
 def _provider(backend: str) -> str | None:
     return backend.partition(":")[2] or None
-
-
-def _name(dtype: torch.dtype) -> DTypeName:
-    return cast(DTypeName, dtype_name(dtype))
