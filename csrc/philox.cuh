@@ -50,8 +50,16 @@ SFRT_HOST_DEVICE float uniform(uint32_t word) {
 SFRT_HOST_DEVICE void normal_pair(uint32_t first, uint32_t second, float *cosine, float *sine) {
   const float radius = sqrtf(-2.0f * logf(fmaxf(uniform(first), 1e-7f)));
   const float angle = 6.283185307179586f * uniform(second);
+#ifdef __CUDA_ARCH__
+  // sincosf's own question, whose answer spares it most of its code.
+  __builtin_assume(!(fabsf(angle) >= 105615.0f));
+  sincosf(angle, sine, cosine);
+  *cosine *= radius;
+  *sine *= radius;
+#else
   *cosine = radius * cosf(angle);
   *sine = radius * sinf(angle);
+#endif
 }
 
 // Elements 4 * group ... 4 * group + 3 of a latent frame at a step.
@@ -61,6 +69,19 @@ SFRT_HOST_DEVICE Normals normals(uint64_t seed, uint32_t group, uint32_t frame, 
   normal_pair(words.w[0], words.w[1], &out.n[0], &out.n[1]);
   normal_pair(words.w[2], words.w[3], &out.n[2], &out.n[3]);
   return out;
+}
+
+// What the counters of one launch have in common. Seed and first frame lie in device memory, as a captured graph finds
+// those of its next chunk there; the seed's 64 bits are kept in a signed number, a frame's number below 2^32.
+struct Source {
+  const int64_t *seed, *first_frame;
+  uint32_t step;
+};
+
+// As above, of a frame counted from the first.
+SFRT_HOST_DEVICE Normals normals(const Source &source, uint32_t group, uint32_t frame) {
+  const uint32_t number = static_cast<uint32_t>(*source.first_frame) + frame;
+  return normals(static_cast<uint64_t>(*source.seed), group, number, source.step);
 }
 
 }  // namespace sfrt

@@ -1,16 +1,62 @@
-"""The preallocated key/value ring of one stream."""
+"""The preallocated key/value ring of one stream, and its sinks on their way along the frame axis."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sfrt.config import ModelConfig
 from sfrt.device import require_memory
-from sfrt.ops.attention import attention
+from sfrt.ops.attention import ATTENTION
+from sfrt.ops.choice import Ops
+from sfrt.ops.rolling_kv import QKV, ROLLING_KV
+from sfrt.ops.shift_keys import shift_keys
 from sfrt.ring import ChunkPlan, Ring
+
+
+class SinkKeys:
+    """The sinks' keys in a ring whose positions are those in the window: kept as written, and moved on from there.
+
+    Nothing is kept or done where no shift is ever asked for.
+    """
+
+    def __init__(self, config: ModelConfig, ring: Ring, keys: Tensor, tokens: int) -> None:
+        """keys is the ring that they lie in, [..., slots · tokens, d]."""
+        self._features = 2 * config.rotary_pairs[0]  # of the frame axis: only these depend on the position
+        self._base = config.rotary_base
+        self._keys = keys
+        self._tokens = tokens
+        count = ring.sink if ring.positions == "window" else 0
+        shape = (count, *keys.shape[:-2], tokens, self._features)
+        self._written = torch.empty(shape, device=keys.device, dtype=keys.dtype)
+        self._kept = False
+
+    def place(self, shift: int, slots: Sequence[int]) -> None:
+        """Have the sinks, which lie in these slots, seen so many positions beyond those that they were written at."""
+        if shift:
+            places = [self._place(slot) for slot in slots]
+            if not self._kept:
+                for written, place in zip(self._written, places, strict=True):
+                    written.copy_(place)
+            for written, place in zip(self._written, places, strict=True):
+                place.copy_(shift_keys(written, shift, self._base))
+        self._kept = shift > 0
+
+    def state(self) -> dict[str, Tensor]:
+        """The keys as written, where they have moved on from there: memory of this ring."""
+        return {"sinks": self._written} if self._kept else {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` of another one gave."""
+        self._kept = "sinks" in state
+        if self._kept:
+            self._written.copy_(state["sinks"])
+
+    def _place(self, slot: int) -> Tensor:
+        return self._keys[..., slot * self._tokens : (slot + 1) * self._tokens, : self._features]
 
 
 class KVCache:
@@ -20,7 +66,9 @@ class KVCache:
     Raises DeviceError where the memory is not there.
     """
 
-    def __init__(self, config: ModelConfig, ring: Ring, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, ring: Ring, tokens: int, device: torch.device, dtype: torch.dtype, ops: Ops
+    ) -> None:
         shape = (config.num_layers, config.num_heads, ring.slots * tokens, config.head_dim)
         needed = 2 * math.prod(shape) * dtype.itemsize
         require_memory(needed, f"a ring of {ring.slots} latent frames of {tokens} tokens", device)
@@ -28,28 +76,41 @@ class KVCache:
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.tokens = tokens
+        self._rolling_kv = ops(ROLLING_KV)
+        self._attention = ops(ATTENTION)
+        self._sinks = SinkKeys(config, ring, self.k, tokens)
+        self._sink_slots = range(ring.sink)
         self._visible = 0
-        self._runs: tuple[tuple[slice, slice], ...] = ()
+        self._slots = torch.empty(0, dtype=torch.int64, device=device)
 
     def place(self, plan: ChunkPlan) -> None:
         """Choose where the coming passes write and what they see."""
-        tokens = self.tokens
-        self._visible = plan.visible * tokens
-        self._runs = tuple(
-            (
-                slice(run.slot * tokens, (run.slot + run.count) * tokens),
-                slice(run.first * tokens, (run.first + run.count) * tokens),
-            )
-            for run in plan.runs
-        )
+        self._sinks.place(plan.sink_shift, self._sink_slots)
+        self._visible = plan.visible * self.tokens
+        self._slots = torch.tensor(plan.slots, device=self._slots.device)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write the chunk's k and v to their slots and attend to all that is visible; all and the result [L, H, d]."""
-        self.write(layer, k, v)
-        return attention(q, self.k[layer, :, : self._visible], self.v[layer, :, : self._visible])
+    def state(self) -> dict[str, Tensor]:
+        """The slots that hold anything, and the sinks: the ring's own memory."""
+        return {"k": self.k[:, :, : self._visible], "v": self.v[:, :, : self._visible], **self._sinks.state()}
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write the chunk's k and v ([L, H, d]) to their slots."""
-        for slots, rows in self._runs:
-            self.k[layer, :, slots] = k[rows].transpose(0, 1)
-            self.v[layer, :, slots] = v[rows].transpose(0, 1)
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` of a ring of the same shape gave."""
+        self._visible = state["k"].shape[2]
+        self.k[:, :, : self._visible] = state["k"]
+        self.v[:, :, : self._visible] = state["v"]
+        self._sinks.load_state(state)
+
+    def attend(self, layer: int, qkv: QKV) -> Tensor:
+        """Write the chunk's keys and values to their slots and attend to all that is visible; [L, H, d]."""
+        q = self._write(layer, qkv)
+        return self._attention(q, self.k[layer, :, : self._visible], self.v[layer, :, : self._visible])
+
+    def write(self, layer: int, qkv: QKV) -> None:
+        """Write the chunk's keys and values to their slots."""
+        self._write(layer, qkv)
+
+    def _write(self, layer: int, qkv: QKV) -> Tensor:
+        """The queries, [L, H, d]."""
+        ring = self.k[layer], self.v[layer]
+        q, _, _ = self._rolling_kv(qkv.product, qkv.norm_q, qkv.norm_k, qkv.rotary, self._slots, *ring, qkv.eps)
+        return q

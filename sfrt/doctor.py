@@ -14,9 +14,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from sfrt import machine
@@ -34,12 +34,13 @@ _PUBLISHED_GIB = 20
 
 @dataclass(frozen=True)
 class Probe:
-    """One line of the report: what was found, and what that means for the reader."""
+    """One line of the report: what was found, what that means for the reader, and details where there are any."""
 
     name: str
     status: Status
     found: str
     meaning: str
+    details: tuple[str, ...] = ()
 
 
 def _ok(name: str, found: str, meaning: str) -> Probe:
@@ -137,8 +138,8 @@ def _flash_attn() -> Probe:
     return _package(
         "flash-attn",
         "flash_attn",
-        "importable; torch's own fused attention is used all the same",
-        "not needed: torch's own fused attention is used",
+        "measured against the other attention kernels when a model is opened on a GPU",
+        "optional: attention runs as the fastest of torch's, cuDNN's and sfrt's own kernels",
     )
 
 
@@ -176,26 +177,33 @@ def _pyav() -> Probe:
     return _ok("av", f"{probe.found} with libx264", probe.meaning)
 
 
-def native_library() -> Path | None:
-    """The library built from csrc/, where the install built it."""
-    package = importlib.import_module("sfrt")
-    candidates = (Path(folder) / "_native" / "libsfrt_kernels.so" for folder in package.__path__)
-    return next((path for path in candidates if path.exists()), None)
-
-
 def _kernels() -> Probe:
-    library = native_library()
+    from sfrt.ops.cuda_kernels.library import library_path
+
+    library = library_path()
     compiler = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if library is not None:
         importlib.import_module("ctypes").CDLL(str(library))
-        return _ok("kernels", library.name, "the CUDA kernels of csrc/ are built; no backend uses them yet")
+        return _ok("kernels", library.name, "the CUDA kernels of csrc/ are built")
     if compiler is not None:
         return _absent(
             "kernels",
             f"not built; nvcc is at {compiler}",
-            "not needed: no backend uses them yet; pip install . builds them from a clone",
+            "optional, for a GPU: pip install . from a clone builds them",
         )
-    return _absent("kernels", "not built; no nvcc", "not needed: no backend uses the CUDA kernels of csrc/ yet")
+    return _absent("kernels", "not built; no nvcc", "optional: CUDA kernels of csrc/, beside those written in Triton")
+
+
+def _ops() -> Probe:
+    from sfrt.device import resolve_device
+    from sfrt.ops.choice import Ops
+
+    device = resolve_device("auto")
+    choices = Ops(device).choices
+    counted = Counter(choice.implementation for choice in choices)
+    found = ", ".join(f"{count} in {name}" for name, count in counted.most_common())
+    details = tuple(f"{choice.op}: {choice.implementation} ({choice.reason})" for choice in choices)
+    return Probe("ops", "ok", f"on {device}: {found}", "what each operation of the model runs as", details)
 
 
 def _model() -> Probe:
@@ -221,6 +229,7 @@ _PROBES: dict[str, Callable[[], Probe]] = {
     "tensorrt": _tensorrt,
     "av": _pyav,
     "kernels": _kernels,
+    "ops": _ops,
     "built-in model": _model,
 }
 
@@ -297,7 +306,9 @@ def as_text(probes: list[Probe]) -> str:
     width = max(len(probe.name) for probe in probes)
     lines = []
     for probe in probes:
-        lines += [f"{marks[probe.status]} {probe.name:{width}}  {probe.found}", f"  {'':{width}}  {probe.meaning}"]
+        below = f"  {'':{width}}  "
+        lines += [f"{marks[probe.status]} {probe.name:{width}}  {probe.found}", below + probe.meaning]
+        lines += [f"{below}  {detail}" for detail in probe.details]
     lines += ["", *(f"torch backend on {device}: {word}" for device, word in verdicts(probes).items())]
     return "\n".join(lines)
 

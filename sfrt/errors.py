@@ -29,3 +29,23 @@ class MediaError(SfrtError):
 
 class PromptError(SfrtError, ValueError):
     """A prompt is empty or not text."""
+
+
+class KernelInputError(SfrtError, ValueError):
+    """A kernel was given tensors that it would read or write wrongly."""
+
+
+class SnapshotError(SfrtError):
+    """A stream's state cannot be kept, read, or gone on from."""
+
+
+class Cancelled(SfrtError):
+    """A chunk was given up because its session was told to; the stream stands where it stood before it."""
+
+
+class ProtocolError(SfrtError):
+    """A message over the wire is none that the other end understands."""
+
+
+class AdmissionError(SfrtError):
+    """A device has no time or memory for one more session."""

@@ -30,21 +30,34 @@ _SMALLEST_UNIFORM = 1e-7  # keeps the logarithm finite, as in Triton's pair_unif
 MAX_SEED = 2**64 - 1
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10 on int64 tensors that hold 32-bit words; the counters broadcast against each other."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = seed & _WORD, seed >> 32
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox 4x32-10 on int64 tensors that hold 32-bit words; the counters broadcast against each other.
+
+    seed is an integer below 2**64, or an int64 tensor [1] of its bits (see seed_bits).
+    """
+    words = torch.stack(torch.broadcast_tensors(*counter))
+    half = torch.arange(2, device=words.device).view(-1, *[1] * (words.ndim - 1))  # words 0 and 1, words 2 and 3
+    multiplier, key_step = _by_half(_MULTIPLIERS, half), _by_half(_KEY_STEPS, half)
+    bits = seed if isinstance(seed, Tensor) else torch.full_like(half, seed_bits(seed))
+    even, odd, key = words[0::2], words[1::2], bits >> 32 * half
     for _ in range(_ROUNDS):
-        # The product wraps as int64, but its 64 bits are those of the unsigned product.
-        low, high = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((high >> 32) & _WORD) ^ c1 ^ k0,
-            high & _WORD,
-            ((low >> 32) & _WORD) ^ c3 ^ k1,
-            low & _WORD,
-        )
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    return c0, c1, c2, c3
+        # A product wraps as int64, but its 64 bits are those of the unsigned product; odd and key keep high bits too.
+        product = (even * multiplier).flip(0)
+        even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(_WORD)
+        odd, key = product, key + key_step
+    odd = odd & _WORD
+    return even[0], odd[0], even[1], odd[1]
+
+
+def normals(seed: int | Tensor, frame: Tensor, step: Tensor, elements: int) -> Tensor:
+    """Standard normals of whole frames, float32 [..., elements]; frame and step (int64) broadcast against each other.
+
+    seed is as philox takes it; frame numbers count modulo 2**32.
+    """
+    element = torch.arange(-(-elements // 4), device=frame.device)
+    counter = (element, frame.unsqueeze(-1) & _WORD, step.unsqueeze(-1), torch.zeros_like(element))
+    words = philox(counter, seed)
+    return torch.stack((*_normal_pair(*words[:2]), *_normal_pair(*words[2:])), dim=-1).flatten(-2)[..., :elements]
 
 
 def chunk_noise(seed: int, frames: range, steps: range, tokens: int, token_dim: int, device: torch.device) -> Tensor:
@@ -52,19 +65,25 @@ def chunk_noise(seed: int, frames: range, steps: range, tokens: int, token_dim: 
 
     tokens is the number of tokens per latent frame; seed is what check_seed lets pass.
     """
-    elements = tokens * token_dim
-    element = torch.arange(-(-elements // 4), device=device)
-    frame = torch.arange(frames.start, frames.stop, device=device).view(-1, 1)
-    step = torch.arange(steps.start, steps.stop, device=device).view(-1, 1, 1)
-    words = philox((element, frame, step, torch.zeros_like(step)), seed)
-    normals = torch.stack((*_normal_pair(*words[:2]), *_normal_pair(*words[2:])), dim=-1).flatten(2)
-    return normals[..., :elements].reshape(len(steps), len(frames) * tokens, token_dim)
+    frame = torch.arange(frames.start, frames.stop, device=device)
+    step = torch.arange(steps.start, steps.stop, device=device).unsqueeze(-1)
+    return normals(seed, frame, step, tokens * token_dim).reshape(len(steps), len(frames) * tokens, token_dim)
+
+
+def seed_bits(seed: int) -> int:
+    """The seed as the signed number with the same 64 bits, which an int64 tensor can hold."""
+    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def check_seed(seed: int) -> None:
     """Raise ConfigError unless seed is an integer in [0, 2**64)."""
     if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise ConfigError(f"seed {seed} is out of range; choose an integer from 0 to {MAX_SEED}")
+
+
+def _by_half(pair: tuple[int, int], half: Tensor) -> Tensor:
+    """The first of a pair where half is 0, the second where it is 1; nothing is copied from the host."""
+    return pair[0] + (pair[1] - pair[0]) * half
 
 
 def _uniform(word: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Shapes: L tokens, D = config.dim, H heads of d = config.head_dim, P = config.tok
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -17,8 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfrt.config import ModelConfig
-from sfrt.ops.attention import attention
+from sfrt.ops.attention import ATTENTION
+from sfrt.ops.choice import Ops, torch_ops
 from sfrt.ops.linear import Linear
+from sfrt.ops.modulate import MODULATE
+from sfrt.ops.qk_norm import QK_NORM
+from sfrt.ops.rolling_kv import QKV
 
 
 @dataclass(frozen=True)
@@ -41,23 +46,34 @@ class TextKV:
     v: Tensor
 
 
-class Attend(Protocol):
-    """Self attention of one layer over whatever this pass may see; q, k and v are [..., L, H, d], rotary applied."""
+@dataclass(frozen=True)
+class Residual:
+    """The residual stream [..., L, D] with its newest branch beside it: the next norm adds it, times its gate."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor: ...
+    x: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+
+
+class Attend(Protocol):
+    """Self attention of one layer over whatever this pass may see, [..., L, H, d]."""
+
+    def __call__(self, layer: int, qkv: QKV, /) -> Tensor: ...
 
 
 class Store(Protocol):
-    """Keeps one layer's keys and values, each [..., L, H, d], rotary applied."""
+    """Keeps one layer's keys and values."""
 
-    def __call__(self, layer: int, k: Tensor, v: Tensor, /) -> None: ...
+    def __call__(self, layer: int, qkv: QKV, /) -> None: ...
 
 
 class Transformer(nn.Module):
     """The whole model. Its parameter names are the tensor names of a bundle's transformer.safetensors."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops | None = None) -> None:
+        """ops are the implementations to run with; None is plain torch, which passes gradients."""
         super().__init__()
+        ops = ops or torch_ops()
         self.config = config
         self.patch_embedding = Linear(config.token_dim, config.dim)
         self.text_embedding = nn.Sequential(
@@ -65,15 +81,15 @@ class Transformer(nn.Module):
         )
         self.time_embedding = nn.ModuleList((Linear(config.freq_dim, config.dim), Linear(config.dim, config.dim)))
         self.time_projection = Linear(config.dim, 6 * config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.head = Head(config)
+        self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.num_layers))
+        self.head = Head(config, ops)
 
     def forward(self, tokens: Tensor, modulation: Modulation, rotary: Tensor, text: TextKV, attend: Attend) -> Tensor:
         """The flow (velocity) at each token, [..., L, P] → [..., L, P], features in order (row, column, channel)."""
-        x = self.patch_embedding(tokens)
+        residual = Residual(self.patch_embedding(tokens))
         for layer, block in enumerate(self.layers()):
-            x = block(x, layer, modulation.blocks[layer], rotary, text, attend)
-        flow: Tensor = self.head(x, modulation.head)
+            residual = block(residual, layer, modulation.blocks[layer], rotary, text, attend)
+        flow: Tensor = self.head(residual, modulation.head)
         return flow
 
     def layers(self) -> list[Block]:
@@ -87,11 +103,11 @@ class Transformer(nn.Module):
 
         That layer's go to `store`; the layers before it leave theirs through `attend`.
         """
-        x = self.patch_embedding(tokens)
+        residual = Residual(self.patch_embedding(tokens))
         *blocks, last = self.layers()
         for layer, block in enumerate(blocks):
-            x = block(x, layer, modulation.blocks[layer], rotary, text, attend)
-        store(len(blocks), *last.keys_values(x, modulation.blocks[-1], rotary))
+            residual = block(residual, layer, modulation.blocks[layer], rotary, text, attend)
+        store(len(blocks), last.qkv(residual, modulation.blocks[-1], rotary)[1])
 
     def modulation(self, timesteps: Tensor) -> Modulation:
         """The adaptive norms of timesteps of any shape […], in [0, 1000]; float32 whatever the weights' dtype."""
@@ -110,33 +126,38 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Self attention, cross attention to the text, feed-forward: each on the residual stream x, [..., L, D]."""
+    """Self attention, cross attention to the text, feed-forward: each a branch of the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         self.eps = config.eps
+        self._modulate = ops(MODULATE)
         self.modulation = nn.Parameter(torch.normal(0.0, config.dim**-0.5, (6, config.dim)))
         self.self_attn = SelfAttention(config)
         self.cross_attn_norm = nn.LayerNorm(config.dim, eps=config.eps)
-        self.cross_attn = CrossAttention(config)
+        self.cross_attn = CrossAttention(config, ops)
         self.ffn = nn.Sequential(
             Linear(config.dim, config.ffn_dim, activation="gelu_tanh"), Linear(config.ffn_dim, config.dim)
         )
 
     def forward(
-        self, x: Tensor, layer: int, modulation: Tensor, rotary: Tensor, text: TextKV, attend: Attend
-    ) -> Tensor:
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(0)
-        q, k, v = self.self_attn.qkv_heads(modulated_norm(x, scale, shift, self.eps), rotary)
-        x = torch.addcmul(x, self.self_attn.o(attend(layer, q, k, v).flatten(-2)), gate)
-        x = x + self.cross_attn(self.cross_attn_norm(x), text.k[layer], text.v[layer])
-        return torch.addcmul(x, self.ffn(modulated_norm(x, ffn_scale, ffn_shift, self.eps)), ffn_gate)
+        self, residual: Residual, layer: int, modulation: Tensor, rotary: Tensor, text: TextKV, attend: Attend
+    ) -> Residual:
+        _, _, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(0)
+        x, qkv = self.qkv(residual, modulation, rotary)
+        attended = self.self_attn.o(attend(layer, qkv).flatten(-2))
+        x, h = self._normed(Residual(x, attended, gate), self.cross_attn_norm.weight, self.cross_attn_norm.bias)
+        x, h = self._normed(Residual(x, self.cross_attn(h, text.k[layer], text.v[layer])), ffn_scale, ffn_shift)
+        return Residual(x, self.ffn(h), ffn_gate)
 
-    def keys_values(self, x: Tensor, modulation: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        """Only what this layer leaves behind for later chunks, each [..., L, H, d]."""
-        shift, scale = modulation[0], modulation[1]
-        _, k, v = self.self_attn.qkv_heads(modulated_norm(x, scale, shift, self.eps), rotary)
-        return k, v
+    def qkv(self, residual: Residual, modulation: Tensor, rotary: Tensor) -> tuple[Tensor, QKV]:
+        """The stream with its branch added, and what this layer's self attention is made of."""
+        x, h = self._normed(residual, scale=modulation[1], shift=modulation[0])
+        return x, self.self_attn.qkv_of(h, rotary)
+
+    def _normed(self, residual: Residual, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream with its branch added, and its modulated norm."""
+        return self._modulate(residual.x, residual.branch, residual.gate, scale, shift, self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -145,24 +166,25 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = config.num_heads
+        self.eps = config.eps
         self.qkv = Linear(config.dim, 3 * config.dim)
         self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
         self.o = Linear(config.dim, config.dim)
 
-    def qkv_heads(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys (normed over the full width, rotated) and values, each [..., L, H, d]; x is [..., L, D]."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (self.norm_q(q), self.norm_k(k), v))
-        return apply_rotary(q, rotary), apply_rotary(k, rotary), v
+    def qkv_of(self, x: Tensor, rotary: Tensor) -> QKV:
+        """From x [..., L, D]."""
+        return QKV(self.qkv(x), self.norm_q.weight, self.norm_k.weight, rotary, self.heads, self.eps)
 
 
 class CrossAttention(nn.Module):
     """Attention to the text; its keys and values depend on the prompt alone."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
+        self._qk_norm, self._attention = ops(QK_NORM), ops(ATTENTION)
         self.heads = config.num_heads
+        self.eps = config.eps
         self.q = Linear(config.dim, config.dim)
         self.kv = Linear(config.dim, 2 * config.dim)
         self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
@@ -172,36 +194,31 @@ class CrossAttention(nn.Module):
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [..., H, S, d] from embedded text [..., S, D]."""
         k, v = self.kv(context).chunk(2, dim=-1)
-        k, v = (part.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for part in (self.norm_k(k), v))
-        return k, v
+        k = self._qk_norm(k, self.norm_k.weight, self.heads, self.eps)
+        return k.transpose(-2, -3), v.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[..., L, D] from x [..., L, D] and k, v [..., H, S, d]."""
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
-        out: Tensor = self.o(attention(q, k, v).flatten(-2))
+        q = self._qk_norm(self.q(x), self.norm_q.weight, self.heads, self.eps)
+        out: Tensor = self.o(self._attention(q, k, v).flatten(-2))
         return out
 
 
 class Head(nn.Module):
     """The last norm and the linear map back to latent patches."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         self.eps = config.eps
+        self._modulate = ops(MODULATE)
         self.modulation = nn.Parameter(torch.normal(0.0, config.dim**-0.5, (2, config.dim)))
         self.linear = Linear(config.dim, config.token_dim)
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+    def forward(self, residual: Residual, modulation: Tensor) -> Tensor:
         shift, scale = modulation.unbind(0)
-        flow: Tensor = self.linear(modulated_norm(x, scale, shift, self.eps))
+        _, h = self._modulate(residual.x, residual.branch, residual.gate, scale, shift, self.eps)
+        flow: Tensor = self.linear(h)
         return flow
-
-
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """LayerNorm, then · scale + shift; one affine LayerNorm where all tokens share the modulation."""
-    if scale.ndim == 1:
-        return F.layer_norm(x, scale.shape, scale, shift, eps)
-    return torch.addcmul(shift, F.layer_norm(x, scale.shape[-1:], eps=eps), scale)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -212,19 +229,16 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return torch.cat((phases.cos(), phases.sin()), dim=-1).to(torch.float32)
 
 
-def rotary_phases(config: ModelConfig, frames: range, rows: int, columns: int, device: torch.device) -> Tensor:
+def rotary_phases(config: ModelConfig, frames: Sequence[int], rows: int, columns: int, device: torch.device) -> Tensor:
     """Unit complex rotations for the tokens of some latent frames, complex64 [len(frames)·rows·columns, 1, d/2].
 
-    frames are the positions on the frame axis. Of the d/2 pairs of a head the row and the column axis take a third
-    each, rounded down, and the frame axis the rest.
+    frames are the positions on the frame axis. The angles are computed in float64: exact for millions of frames.
     """
-    pairs = config.head_dim // 2
-    third = pairs // 3
-    axes = ((frames, pairs - 2 * third), (range(rows), third), (range(columns), third))
+    axes = zip((frames, range(rows), range(columns)), config.rotary_pairs, strict=True)
     angles = []
     for axis, (positions, size) in enumerate(axes):
         exponents = torch.arange(size, dtype=torch.float64, device=device) / size
-        position = torch.arange(positions.start, positions.stop, dtype=torch.float64, device=device)
+        position = _in_float64(positions, device)
         angle = torch.outer(position, torch.pow(config.rotary_base, -exponents))
         shape = [1, 1, 1, size]
         shape[axis] = len(position)
@@ -233,10 +247,11 @@ def rotary_phases(config: ModelConfig, frames: range, rows: int, columns: int, d
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
-def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of features of x, [..., L, H, d], in float32."""
-    rotated = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * rotary
-    return torch.view_as_real(rotated).flatten(-2).to(x.dtype)
+def _in_float64(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """A range is made on the device, where a list would have to be brought to."""
+    if isinstance(numbers, range):
+        return torch.arange(numbers.start, numbers.stop, dtype=torch.float64, device=device)
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 def _adaptive(learned: Tensor, conditioned: Tensor, scales: tuple[int, ...]) -> Tensor:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
+
+from tests.command_line import Outcome, Run
+from tests.native import CSRC, build_library
+
+if not torch.cuda.is_available():
+    # Before the first import of Triton, which reads it then: kernels are interpreted where they cannot be compiled.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # A busy machine is slow without being wrong.
 settings.register_profile("sfrt", deadline=None)
@@ -20,12 +30,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
-    import torch
-
     if torch.cuda.is_available():
         return
     for item in on_gpu:
         item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads what another one, or the user, has left in the user's cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")
@@ -35,9 +49,26 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
+def nvcc() -> str:
+    """The CUDA compiler; a test that asks for it is skipped where there is none."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if found is None:
+        pytest.skip("no CUDA compiler (nvcc) on this machine")
+    return found
+
+
+@pytest.fixture(scope="session")
+def native_library(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels of csrc/ as a shared library, for this machine's GPU or, without one, for the oldest we build for."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", f"-arch=sm_{capability[0]}{capability[1]}"]
+    return build_library([nvcc, *flags], sorted(CSRC.glob("*.cu")), tmp_path_factory.mktemp("native"))
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole model of the real classes, random weights: 32×48 pixels, chunks of 3 latent frames, window 9, sink 3."""
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     from sfrt.bundle import Manifest, TaehvPart
@@ -82,13 +113,39 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tiny"
 
 
+@pytest.fixture(scope="session", params=["tiny on torch", "built-in on torch", "built-in on onnx"])
+def any_runtime(request: pytest.FixtureRequest, tiny_bundle: Path) -> Any:
+    """A Runtime, for what is to hold on every model and backend."""
+    from sfrt import Runtime
+
+    model, _, backend = request.param.partition(" on ")
+    if backend == "onnx":
+        pytest.importorskip("onnxruntime", minversion="1.25")
+    return Runtime(tiny_bundle if model == "tiny" else None, device="cpu", backend=backend)
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command line in this process, working in an empty folder."""
+    from sfrt import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(argument) for argument in arguments])
+        return Outcome(exit.value.code or 0, *capfd.readouterr())
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def golden_rollout(golden: Path) -> Callable[..., float]:
     """(checkpoint, output, **options) → relative error of the golden latents, rolled out by the runtime.
 
     The checkpoint is of the golden DiT in any spelling; output is the bundle to make; options are those of an export.
     """
-    import torch
     from safetensors.torch import load_file
 
     from sfrt import Runtime

@@ -1,17 +1,16 @@
 """The CUDA sources, as far as this machine can hold them to account.
 
 The generator compiles as plain C++ and is compared with sfrt/noise.py; the kernels are compiled for every architecture
-and must not spill; the C function refuses what is impossible before any device is touched; a GPU runs it.
+and must not spill; what lies in noise.cu, denoise.cu and frames.cu refuses the impossible before it touches a device.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import shutil
 import subprocess
-from ctypes import POINTER, c_char_p, c_int, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
 import pytest
@@ -45,14 +44,6 @@ def architectures() -> list[str]:
     found = re.search(r'set\(SFRT_CUDA_ARCHITECTURES "([^"]+)"', (ROOT / "CMakeLists.txt").read_text("utf-8"))
     assert found is not None
     return [entry.removesuffix("-real") for entry in found[1].split(";")]
-
-
-def find_nvcc() -> str:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-    if nvcc is None:
-        pytest.skip("no CUDA compiler (nvcc) on this machine")
-    return nvcc
 
 
 def compile_with(command: list[str]) -> str:
@@ -130,78 +121,101 @@ def test_normals_match_python(
 
 @pytest.mark.parametrize("architecture", architectures())
 @pytest.mark.parametrize("kernel", sorted(path.name for path in CSRC.glob("*.cu")))
-def test_kernels_compile_without_spills(kernel: str, architecture: str, tmp_path: Path) -> None:
+def test_kernels_compile_without_spills(nvcc: str, kernel: str, architecture: str, tmp_path: Path) -> None:
     flags = ["-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-Werror", "all-warnings"]
-    log = compile_with([find_nvcc(), *flags, str(CSRC / kernel), "-o", str(tmp_path / "kernel.cubin")])
+    log = compile_with([nvcc, *flags, str(CSRC / kernel), "-o", str(tmp_path / "kernel.cubin")])
     spills = [int(count) for count in re.findall(r"(\d+) bytes spill", log)]
     assert len(spills) >= 2, f"ptxas reported no kernel:\n{log}"
     assert set(spills) == {0}, log
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels as a shared library, for the GPU of this machine or, without one, for the oldest architecture."""
-    architecture = architectures()[0]
-    if torch.cuda.is_available():
-        architecture = "".join(map(str, torch.cuda.get_device_capability()))
-    path = tmp_path_factory.mktemp("library") / "libsfrt_kernels.so"
-    sources = [str(source) for source in sorted(CSRC.glob("*.cu"))]
-    flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", f"-arch=sm_{architecture}"]
-    compile_with([find_nvcc(), *flags, *sources, "-o", str(path)])
-    opened = ctypes.CDLL(str(path))
-    opened.sfrt_noise.argtypes = [c_void_p, c_uint64, *[c_int64] * 5, c_void_p]
-    opened.sfrt_noise.restype = c_int
+def library(native_library: Path) -> ctypes.CDLL:
+    opened = ctypes.CDLL(str(native_library))
+    opened.sfrt_noise.argtypes = [*[c_void_p] * 3, *[c_int64] * 3, c_void_p]
+    opened.sfrt_denoise.argtypes = [
+        *(c_void_p, c_void_p, c_int, c_float, c_float, c_float, c_void_p, c_void_p),
+        *(c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
+    ]
+    opened.sfrt_finish.argtypes = [c_void_p, c_void_p, c_int, c_float, *[c_int64] * 6, *[c_void_p] * 3]
+    opened.sfrt_frames.argtypes = [c_void_p, c_int, *[c_int64] * 8, c_float, c_float, c_void_p, c_void_p]
     opened.sfrt_error_string.argtypes = [c_int]
     opened.sfrt_error_string.restype = c_char_p
     return opened
 
 
-GOOD = {"out": 4096, "seed": 0, "first_frame": 0, "frames": 3, "first_step": 0, "steps": 4, "elements": 64}
+FLOAT32, BFLOAT16, E4M3 = 0, 1, 3
+
+GOOD: dict[str, dict[str, float]] = {
+    "sfrt_noise": {"out": 4096, "seed": 64, "first_frame": 72, "step": 0, "frames": 3, "elements": 64},
+    "sfrt_denoise": {
+        "x": 4096, "flow": 8192, "dtype": BFLOAT16, "follow": -0.9, "keep": 0.4, "fresh": 0.6, "seed": 64,
+        "first_frame": 72, "step": 1, "frames": 3, "elements": 64, "out": 4096, "copy": 8192,
+    },
+    "sfrt_finish": {
+        "x": 4096, "flow": 8192, "dtype": BFLOAT16, "sigma": 0.6, "frames": 3, "rows": 2, "columns": 5, "channels": 16,
+        "patch_rows": 2, "patch_columns": 2, "tokens": 8192, "latents": 4096,
+    },
+    "sfrt_frames": {
+        "pixels": 4096, "dtype": BFLOAT16, "frames": 2, "planes": 3, "rows": 4, "width": 8, "frame_stride": 96,
+        "plane_stride": 32, "row_stride": 8, "column_stride": 1, "scale": 255.0, "shift": 0.0, "out": 8192,
+    },
+}  # fmt: skip
+
+COUNTERS: list[dict[str, float]] = [
+    {"seed": 0}, {"seed": 68}, {"first_frame": 0}, {"first_frame": 65}, {"step": -1}, {"step": 2**32}, {"frames": -1},
+    {"frames": 65536}, {"elements": -4}, {"elements": 2**30 + 1}, {"elements": 2**62},
+]  # fmt: skip
+DTYPES: list[dict[str, float]] = [{"dtype": -1}, {"dtype": E4M3}]
+
+WRONG: dict[str, list[dict[str, float]]] = {
+    "sfrt_noise": [*COUNTERS, {"out": 0}, {"out": 4098}],
+    "sfrt_denoise": [
+        *COUNTERS, *DTYPES, {"x": 0}, {"x": 4098}, {"out": 0}, {"out": 4097}, {"flow": 8193}, {"copy": 8193},
+        {"dtype": FLOAT32, "flow": 8194},
+    ],
+    "sfrt_finish": [
+        *DTYPES, {"x": 0}, {"x": 4098}, {"flow": 0}, {"flow": 8193}, {"tokens": 0}, {"tokens": 8193}, {"latents": 0},
+        {"latents": 4098}, {"frames": -1}, {"frames": 65536}, {"rows": 0}, {"rows": 65536}, {"columns": 0},
+        {"columns": 2**40}, {"channels": 0}, {"channels": 129}, {"channels": 2**32}, {"patch_rows": 0},
+        {"patch_columns": -2}, {"patch_rows": 512, "patch_columns": 512},
+    ],
+    "sfrt_frames": [
+        *DTYPES, {"pixels": 0}, {"pixels": 4097}, {"out": 0}, {"frames": -1}, {"frames": 2**30}, {"planes": 2},
+        {"rows": 0}, {"rows": 2**30}, {"width": 0}, {"width": 2**30}, {"frames": 2**29, "rows": 2**29},
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        {"out": 0},
-        {"out": 4098},
-        {"first_frame": -1},
-        {"first_frame": 2**32 - 2},
-        {"frames": -1},
-        {"frames": 65536},
-        {"first_step": -1},
-        {"first_step": 2**63 - 1},
-        {"steps": -1},
-        {"steps": 65536},
-        {"elements": -4},
-        {"elements": 2**34 + 1},
-    ],
-    ids=str,
+    ("name", "wrong"),
+    [pytest.param(name, wrong, id=f"{name}-{wrong}") for name, cases in WRONG.items() for wrong in cases],
 )
-def test_noise_refuses_bad_arguments(library: ctypes.CDLL, wrong: dict[str, int]) -> None:
-    status = library.sfrt_noise(*{**GOOD, **wrong}.values(), None)
+def test_bad_arguments_are_refused(library: ctypes.CDLL, name: str, wrong: dict[str, float]) -> None:
+    status = getattr(library, name)(*{**GOOD[name], **wrong}.values(), None)
     assert status == INVALID_ARGUMENT
     assert library.sfrt_error_string(status) == b"invalid argument"
 
 
-@pytest.mark.parametrize("empty", ["frames", "steps", "elements"])
-def test_noise_of_nothing_is_nothing(library: ctypes.CDLL, empty: str) -> None:
-    assert library.sfrt_noise(*{**GOOD, "out": 0, empty: 0}.values(), None) == 0
+@pytest.mark.parametrize("name", GOOD)
+def test_no_frames_are_nothing_to_do(library: ctypes.CDLL, name: str) -> None:
+    assert getattr(library, name)(*{**GOOD[name], "frames": 0}.values(), None) == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_noise_without_a_gpu_is_cudas_error(library: ctypes.CDLL) -> None:
-    status = library.sfrt_noise(*GOOD.values(), None)
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        *((name, {}) for name in GOOD),
+        ("sfrt_noise", {"out": 4100, "elements": 63}),
+        ("sfrt_denoise", {"fresh": 0.0, "seed": 0, "first_frame": 0}),
+        ("sfrt_denoise", {"flow": 0, "copy": 0, "dtype": FLOAT32}),
+        ("sfrt_finish", {"channels": 128}),
+        ("sfrt_frames", {"planes": 1, "width": 24, "row_stride": 40}),
+        ("sfrt_frames", {"width": 7, "column_stride": 3, "plane_stride": 1}),
+    ],
+)
+def test_good_arguments_reach_the_device(library: ctypes.CDLL, name: str, right: dict[str, float]) -> None:
+    status = getattr(library, name)(*{**GOOD[name], **right}.values(), None)
     assert status > 0
     assert library.sfrt_error_string(status) != b"no error"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("tokens", "token_dim"), [(64, 64), (7, 9)])
-def test_noise_on_the_gpu(library: ctypes.CDLL, tokens: int, token_dim: int) -> None:
-    frames, steps, seed = range(5, 8), range(1, 3), 2**63 + 11
-    out = torch.empty(len(steps), len(frames) * tokens, token_dim, device="cuda")
-    numbers = (seed, frames.start, len(frames), steps.start, len(steps), tokens * token_dim)
-    status = library.sfrt_noise(out.data_ptr(), *numbers, torch.cuda.current_stream().cuda_stream)
-    assert status == 0, library.sfrt_error_string(status)
-    expected = chunk_noise(seed, frames, steps, tokens, token_dim, torch.device("cpu"))
-    torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=1e-5)

@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfrt.errors import CheckpointError, ConfigError, SfrtError
+from sfrt.ops.choice import PINS_VARIABLE
+from sfrt.ops.interpreter import mended_interpreter
+from sfrt.ops.op import KERNELS
 from sfrt_export.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,6 +38,25 @@ def test_golden(case: str, dtype: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_golden_on_the_gpu(case: str, dtype: str) -> None:
     assert [check for check in verify(GOLDEN / case, dtype=dtype, device="cuda") if not check.passed] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("case", CASES)
+def test_golden_with_each_kind_of_kernel(case: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PINS_VARIABLE, implementation)
+    assert [check for check in verify(GOLDEN / case, dtype="bfloat16", device="cuda") if not check.passed] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run for real here")
+@pytest.mark.parametrize("case", ["dit/frame1_window4_sink1", "dit/chunk3_window8_sink1"])
+def test_golden_with_interpreted_kernels(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv(PINS_VARIABLE, "triton,attention=torch")  # which takes no float32
+    with mended_interpreter():
+        checks = list(verify(GOLDEN / case, device="cpu"))
+    assert checks and [check for check in checks if not check.passed] == []
 
 
 @pytest.fixture

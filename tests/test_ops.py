@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sfrt.config import ModelConfig, StreamConfig
-from sfrt.ops.attention import attention
 from sfrt.ops.denoise import follow_flow, predict_x0, renoise
-from sfrt.ops.layout import frames_from_pixels, latents_from_tokens, tokens_from_latents
+from sfrt.ops.frames import frames
+from sfrt.ops.layout import latents_from_tokens, tokens_from_latents
 from sfrt.ops.linear import Activation, Linear, pack_for_cpu
 from sfrt.timesteps import Step, steps_of
 from sfrt_export.verify import relative_error
@@ -30,33 +30,6 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 def assert_near(out: Tensor, expected: Tensor) -> None:
     assert out.shape == expected.shape
     assert relative_error(out, expected) <= TOLERANCE[out.dtype]
-
-
-def attention_by_definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = torch.einsum("...lhd,...hsd->...hls", q.double(), k.double()) / q.shape[-1] ** 0.5
-    return torch.einsum("...hls,...hsd->...lhd", scores.softmax(-1), v.double())
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("queries", [1, 17, 512, 513, 1200])
-def test_attention_with_other_lengths_of_queries_and_keys(queries: int, dtype: torch.dtype) -> None:
-    """More than 512 queries take several blocks; k and v are a part of a larger ring, as caches give them."""
-    q = normal(queries, 3, 20, dtype=dtype)
-    ring = normal(2, 3, 90, 20, seed=1, dtype=dtype)
-    k, v = ring[:, :, :77]
-    assert_near(attention(q, k, v), attention_by_definition(q, k, v))
-
-
-def test_attention_of_a_batch() -> None:
-    q, k, v = normal(2, 9, 4, 8), normal(2, 4, 13, 8, seed=1), normal(2, 4, 13, 8, seed=2)
-    assert_near(attention(q, k, v), attention_by_definition(q, k, v))
-
-
-def test_attention_passes_gradients() -> None:
-    q, k, v = (normal(*shape).requires_grad_() for shape in ((5, 2, 8), (2, 7, 8), (2, 7, 8)))
-    assert_near(attention(q, k, v).detach(), attention_by_definition(q, k, v).detach())
-    attention(q, k, v).square().sum().backward()
-    assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in (q, k, v))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -134,6 +107,6 @@ def test_tokens_and_back(frames: int, rows: int, columns: int, patch: tuple[int,
 
 def test_pixels_become_bytes() -> None:
     pixels = torch.tensor([0.0, 0.4 / 255, 0.6 / 255, 0.5, 1.0]).view(1, 1, 1, 5).expand(2, 3, 4, 5)
-    frames = frames_from_pixels(pixels)
-    assert frames.dtype == torch.uint8 and frames.shape == (2, 4, 5, 3) and frames.is_contiguous()
-    assert frames[1, 3, :, 2].tolist() == [0, 0, 1, 128, 255]
+    shown = frames(pixels)
+    assert shown.dtype == torch.uint8 and shown.shape == (2, 4, 5, 3) and shown.is_contiguous()
+    assert shown[1, 3, :, 2].tolist() == [0, 0, 1, 128, 255]

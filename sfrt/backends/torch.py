@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from sfrt.backends import Grid
 from sfrt.bundle.quantization import Quantization, in_dtype
 from sfrt.cache import KVCache
 from sfrt.config import ModelConfig
+from sfrt.ops.choice import Ops
 from sfrt.ops.linear import pack_for_cpu
 from sfrt.ops.quantized_linear import place_quantized
 from sfrt.ring import ChunkPlan, ChunkSizes, Ring
@@ -28,17 +31,19 @@ class TorchBackend:
         device: torch.device,
         dtype: torch.dtype,
         quantization: Quantization | None = None,
+        ops: Ops | None = None,
     ) -> None:
         """Take over a bundle's transformer tensors, as they are where device and dtype fit; the mapping is emptied.
 
-        quantization is what the bundle's manifest says of them.
+        quantization is what the bundle's manifest says of them; ops, what to run with, None being the device's choice.
         """
+        self.ops = ops or Ops(device)
         self.config = config
         self.device = device
         self.dtype = dtype
         self._modulations: dict[float, Modulation] = {}
         with torch.device("meta"):
-            self.model = Transformer(config)
+            self.model = Transformer(config, self.ops)
         if quantization is not None:
             place_quantized(self.model, quantization.method, quantization.layers)
         # The module alone is to hold the weights, so that converting and packing let them go layer by layer.
@@ -53,7 +58,7 @@ class TorchBackend:
     @torch.inference_mode()
     def rollout(self, grid: Grid, ring: Ring, sizes: ChunkSizes, timesteps: tuple[float, ...]) -> TorchRollout:
         """A fresh stream with its modulation tables made."""
-        cache = KVCache(self.config, ring, grid.tokens, self.device, self.dtype)
+        cache = KVCache(self.config, ring, grid.tokens, self.device, self.dtype, self.ops)
         return TorchRollout(self, grid, cache, {timestep: self._modulation(timestep) for timestep in timesteps})
 
     def _modulation(self, timestep: float) -> Modulation:
@@ -83,7 +88,7 @@ class TorchRollout:
     def place(self, plan: ChunkPlan) -> None:
         self._cache.place(plan)
         config, grid = self._backend.config, self._grid
-        self._rotary = rotary_phases(config, plan.frames, grid.rows, grid.columns, self._backend.device)
+        self._rotary = rotary_phases(config, plan.positions, grid.rows, grid.columns, self._backend.device)
 
     @torch.inference_mode()
     def flow(self, tokens: Tensor, timestep: float) -> Tensor:
@@ -97,3 +102,10 @@ class TorchRollout:
         modulation = self._modulations[timestep]
         x = tokens.to(self._backend.dtype)
         self._backend.model.refresh(x, modulation, self._rotary, self._text, self._cache.attend, self._cache.write)
+
+    def state(self) -> dict[str, Tensor]:
+        return self._cache.state()
+
+    @torch.inference_mode()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self._cache.load_state(state)

@@ -1,6 +1,6 @@
 """Autoencoders between latents and pixels: (latents, state) → (frames, state).
 
-A decoder carries state, so that decoding chunk by chunk gives the very frames of decoding the whole.
+Both ways carry state, so that decoding or encoding chunk by chunk gives the very values of doing it at once.
 """
 
 from __future__ import annotations
@@ -8,23 +8,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from sfrt.bundle.manifest import DTypeName, dtype_beside
 from sfrt.config import DecoderConfig, TaehvConfig
+from sfrt.device import DTYPES, dtype_name
+from sfrt.ops.choice import Ops
 from sfrt.weights import assign
+
+ENCODED_TOGETHER = 3
+"""Latent frames encoded at once: bounds the memory of a long clip and changes nothing in the result."""
 
 
 class Decoder(Protocol):
-    """Either autoencoder: pixels [B, F, 3, H, W] in [0, 1], latents [B, T, C, h, w], F = 4·T - 3 from the start on."""
+    """Either autoencoder: pixels [B, F, 3, H, W] in [0, 1], latents [B, T, C, h, w].
+
+    F is 4·T, less 3 where a video starts, which is what state None means. What one call returns as state is for the
+    next one of the same direction.
+    """
 
     def decode(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """The pixels of these latents and the state to decode the next ones with; state None starts a video."""
+        """The pixels of these latents and the state to decode the next ones with."""
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """The latents of a video from its start, F = 1 + 4·k."""
+    def encode(self, pixels: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """The latents of these pixels and the state to encode the next ones with."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +50,22 @@ class LoadedDecoder:
         with exact_convolutions():
             return self.module.decode(latents.to(self.device), state)
 
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """As Decoder.encode; latents come in float32."""
         with exact_convolutions():
-            return self.module.encode(pixels.to(self.device)).float()
+            latents, after = self.module.encode(pixels.to(self.device), state)
+        return latents.float(), after
+
+
+def spans_to_encode(frames: int, in_time: int, *, start: bool) -> Iterator[tuple[int, int]]:
+    """Cut pixel frames into [begin, end) of ENCODED_TOGETHER latent frames, `in_time` pixel frames each.
+
+    At the start of a video, the first latent frame is a single pixel frame.
+    """
+    begin, end = 0, in_time * ENCODED_TOGETHER - (in_time - 1 if start else 0)
+    while begin < frames:
+        yield begin, min(end, frames)
+        begin, end = end, end + in_time * ENCODED_TOGETHER
 
 
 @contextmanager
@@ -54,29 +76,31 @@ def exact_convolutions() -> Iterator[None]:
 
 
 def decoder_dtype(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype an autoencoder runs in beside a model in `dtype`.
-
-    TAEHV has no norms, so bfloat16's rounding adds up to several per cent of its pixels; it runs in float16, as it was
-    published, where that is fast, and in float32 on a CPU.
-    """
-    if isinstance(config, TaehvConfig) and dtype == torch.bfloat16:
-        return torch.float16 if device.type == "cuda" else torch.float32
-    return dtype
+    """The dtype an autoencoder runs in beside a model in `dtype`: `sfrt.bundle.manifest.dtype_beside` for a device."""
+    return DTYPES[dtype_beside(config, cast("DTypeName", dtype_name(dtype)), on_gpu=device.type == "cuda")]
 
 
 def load_decoder(
-    config: DecoderConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+    config: DecoderConfig,
+    weights: dict[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    ops: Ops | None = None,
 ) -> LoadedDecoder:
-    """The autoencoder that these weights are for, ready to run beside a model in `dtype`."""
+    """The autoencoder that these weights are for, ready to run beside a model in `dtype`.
+
+    ops are the implementations to run with; None lets the device decide.
+    """
+    ops = ops or Ops(device)
     with torch.device("meta"):
         if isinstance(config, TaehvConfig):
             from sfrt.decoders.taehv import Taehv
 
-            module: Any = Taehv(config)
+            module: Any = Taehv(config, ops)
         else:
             from sfrt.decoders.wan_vae import WanVae
 
-            module = WanVae(config)
+            module = WanVae(config, ops)
     dtype = decoder_dtype(config, device, dtype)
     moved = {name: _channels_last(weight.to(device, dtype)) for name, weight in weights.items()}
     assign(module, moved, "the decoder")

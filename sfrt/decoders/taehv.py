@@ -9,30 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfrt.config import TaehvConfig
+from sfrt.decoders import ENCODED_TOGETHER
+from sfrt.decoders.convolution import Conv2d, Convolve
+from sfrt.ops.choice import Ops, torch_ops
+from sfrt.ops.epilogue import EPILOGUE
+from sfrt.ops.memory_input import MEMORY_INPUT
+from sfrt.ops.upsample import UPSAMPLE
 
 SPACE = 8
 """Pixels along one side of a latent cell."""
 TIME = 4
 """Pixel frames in a latent frame; the first latent frame of a video shows one."""
-ENCODED_TOGETHER = 4 * TIME
-"""Pixel frames encoded at once: bounds the memory of a long clip and changes nothing in the result."""
 
 
 @dataclass(frozen=True)
 class TaehvState:
-    """What the decoder remembers between chunks: the last frame [B, C, h, w] that went into each `MemBlock`."""
+    """What either half remembers between chunks: the last frame [B, C, h, w] that went into each `MemBlock`."""
 
     memory: tuple[Tensor, ...]
 
 
-def _conv(channels_in: int, channels_out: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=bias)
+def _conv(channels_in: int, channels_out: int, stride: int = 1, bias: bool = True) -> Conv2d:
+    return Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=bias)
 
 
 class SoftClamp(nn.Module):
@@ -45,16 +49,23 @@ class SoftClamp(nn.Module):
 class MemBlock(nn.Module):
     """A residual block that reads every frame beside the one before it."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, ops: Ops) -> None:
         super().__init__()
-        self.conv = nn.Sequential(
-            _conv(2 * width, width), nn.ReLU(), _conv(width, width), nn.ReLU(), _conv(width, width)
-        )
+        self._convolve = Convolve(ops)
+        self._input, self._finish = ops(MEMORY_INPUT), ops(EPILOGUE)
+        # The numbers are the published names; ReLUs stand between them.
+        self.conv = nn.ModuleDict({"0": _conv(2 * width, width), "2": _conv(width, width), "4": _conv(width, width)})
 
-    def forward(self, frames: Tensor, before: Tensor) -> Tensor:
-        """Both [N, width, h, w]; `before` holds the predecessor of each frame."""
-        mixed: Tensor = self.conv(torch.cat((frames, before), dim=1))
-        return F.relu(mixed + frames)
+    def forward(self, frames: Tensor, memory: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
+        """Frames [B · T, width, h, w], and the last of each clip [B, width, h, w] for the chunk that follows.
+
+        memory is what the chunk before returned so, None for blank frames.
+        """
+        x, newest = self._input(frames, memory, batch)
+        for name, shortcut in (("0", None), ("2", None), ("4", frames)):
+            x, bias = self._convolve(self.conv[name], x)
+            x = self._finish(x, bias, shortcut, True)
+        return x, newest
 
 
 class TPool(nn.Module):
@@ -63,93 +74,77 @@ class TPool(nn.Module):
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
-        self.conv = nn.Conv2d(width * stride, width, 1, bias=False)
+        self.conv = Conv2d(width * stride, width, 1, bias=False)
 
     def forward(self, frames: Tensor) -> Tensor:
         """[N·stride, width, h, w] -> [N, width, h, w]"""
-        _, width, height, columns = frames.shape
-        folded: Tensor = self.conv(frames.reshape(-1, self.stride * width, height, columns))
+        # In the order in memory (channels last), so that no later layer turns it back.
+        rows = frames.permute(0, 2, 3, 1).unflatten(0, (-1, self.stride)).permute(0, 2, 3, 1, 4)
+        folded: Tensor = self.conv(rows.flatten(3).permute(0, 3, 1, 2))
         return folded
 
 
 class TGrow(nn.Module):
-    """Unfolds every frame into `stride` of them."""
+    """Unfolds every frame into `stride` of them, of twice the size.
 
-    def __init__(self, width: int, stride: int) -> None:
+    The published model doubles the size first; a 1×1 convolution does not mind repeated pixels and is cheaper before.
+    """
+
+    def __init__(self, width: int, stride: int, ops: Ops) -> None:
         super().__init__()
         self.stride = stride
-        self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
+        self._upsample = ops(UPSAMPLE)
+        self.conv = Conv2d(width, width * stride, 1, bias=False)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """[N, width, h, w] -> [N·stride, width, h, w]"""
-        grown: Tensor = self.conv(frames)
-        if self.stride == 1:
-            return grown
-        # Unfolded in the order the convolution left in memory (channels last), so that no later layer turns it back.
-        count, _, height, columns = grown.shape
-        cells = grown.permute(0, 2, 3, 1).unflatten(3, (self.stride, -1)).permute(0, 3, 1, 2, 4)
-        unfolded: Tensor = cells.reshape(count * self.stride, height, columns, -1).permute(0, 3, 1, 2)
-        return unfolded
+        """[N, width, h, w] -> [N·stride, width, 2h, 2w]"""
+        return self._upsample(self.conv(frames), self.stride)
 
 
-def _encoder(config: TaehvConfig) -> nn.Sequential:
+def _encoder(config: TaehvConfig, ops: Ops) -> nn.Sequential:
     width = config.encoder_width
-    layers: list[nn.Module] = [_conv(3, width), nn.ReLU()]
+    layers: list[nn.Module] = [_conv(3, width), nn.ReLU(inplace=True)]
     for stride in (2, 2, 1):
         layers += [TPool(width, stride), _conv(width, width, stride=2, bias=False)]
-        layers += [MemBlock(width) for _ in range(3)]
+        layers += [MemBlock(width, ops) for _ in range(3)]
     return nn.Sequential(*layers, _conv(width, config.latent_channels))
 
 
-def _decoder(config: TaehvConfig) -> nn.Sequential:
+def _decoder(config: TaehvConfig, ops: Ops) -> nn.Sequential:
     widths = config.decoder_widths
-    layers: list[nn.Module] = [SoftClamp(), _conv(config.latent_channels, widths[0]), nn.ReLU()]
+    layers: list[nn.Module] = [SoftClamp(), _conv(config.latent_channels, widths[0]), nn.ReLU(inplace=True)]
     for width, next_width, stride in zip(widths[:3], widths[1:], (1, 2, 2), strict=True):
-        layers += [MemBlock(width) for _ in range(3)]
-        layers += [nn.Upsample(scale_factor=2), TGrow(width, stride), _conv(width, next_width, bias=False)]
-    return nn.Sequential(*layers, nn.ReLU(), _conv(widths[-1], 3))
+        layers += [MemBlock(width, ops) for _ in range(3)]
+        # The published upsampling stands where Identity does; it is TGrow's last step here.
+        layers += [nn.Identity(), TGrow(width, stride, ops), _conv(width, next_width, bias=False)]
+    return nn.Sequential(*layers, nn.ReLU(inplace=True), _conv(widths[-1], 3))
 
 
 def _run(stages: nn.Sequential, video: Tensor, memory: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """All frames [B, T, C, h, w] through all stages; `memory` holds a frame for each `MemBlock` (None: blank ones)."""
     batch = video.shape[0]
     frames = video.flatten(0, 1).to(next(stages.parameters()).dtype).contiguous(memory_format=torch.channels_last)
-    carried = iter(memory) if memory is not None else None
+    carried: Iterator[Tensor | None] = repeat(None) if memory is None else iter(memory)
     remembered: list[Tensor] = []
-    for stage in _cheapest_order(stages):
-        if not isinstance(stage, MemBlock):
+    for stage in stages:
+        if isinstance(stage, MemBlock):
+            frames, newest = stage(frames, next(carried), batch)
+            remembered.append(newest)
+        else:
             frames = stage(frames)
-            continue
-        clips = frames.unflatten(0, (batch, -1))
-        first = torch.zeros_like(clips[:, 0]) if carried is None else next(carried)
-        before = torch.cat((first[:, None], clips[:, :-1]), dim=1).flatten(0, 1)
-        # A copy: a view would keep the chunk's whole activation alive until the next chunk.
-        remembered.append(clips[:, -1].clone())
-        frames = stage(frames, before)
     return frames.unflatten(0, (batch, -1)), tuple(remembered)
 
 
-def _cheapest_order(stages: nn.Sequential) -> Iterator[nn.Module]:
-    """The stages with each `TGrow` before the upsampling it follows: 1×1 convolutions do not mind repeated pixels."""
-    waiting: nn.Module | None = None
-    for stage in stages:
-        if isinstance(stage, nn.Upsample):
-            waiting = stage
-            continue
-        yield stage
-        if waiting is not None:
-            yield waiting
-            waiting = None
-
-
 class Taehv(nn.Module):
-    """The autoencoder: `decode` carries state, so that chunk after chunk gives the same video as all at once."""
+    """The autoencoder: both ways carry state, so that chunk after chunk gives the same as all at once."""
 
-    def __init__(self, config: TaehvConfig) -> None:
+    def __init__(self, config: TaehvConfig, ops: Ops | None = None) -> None:
+        """ops are the implementations to run with; None is plain torch, which passes gradients."""
         super().__init__()
+        ops = ops or torch_ops()
         self.config = config
-        self.encoder = _encoder(config)
-        self.decoder = _decoder(config)
+        self.encoder = _encoder(config, ops)
+        self.decoder = _decoder(config, ops)
 
     def decode(self, latents: Tensor, state: TaehvState | None = None) -> tuple[Tensor, TaehvState]:
         """Latents [B, T, C, h, w] -> pixels [B, F, 3, 8h, 8w] in [0, 1] and the state for the chunk that follows.
@@ -164,17 +159,21 @@ class Taehv(nn.Module):
         pixels, memory = _run(self.decoder, latents, state.memory if state is not None else None)
         return (pixels if state is not None else pixels[:, TIME - 1 :]), TaehvState(memory)
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, F, 3, H, W] in [0, 1], F = 1 + 4·k, -> latents [B, 1 + k, C, H/8, W/8].
+    def encode(self, pixels: Tensor, state: TaehvState | None = None) -> tuple[Tensor, TaehvState]:
+        """Pixels [B, F, 3, H, W] in [0, 1] -> latents [B, T, C, H/8, W/8] and the state for the chunk that follows.
 
-        The first frame stands alone in the first latent frame, so it is repeated to fill it.
+        F is 4·T, less 3 where a video starts (`state` None): its first frame stands alone in the first latent frame, so
+        it is repeated to fill it.
         """
-        return self.encode_groups(torch.cat((pixels[:, :1].expand(-1, TIME - 1, -1, -1, -1), pixels), dim=1))
+        if state is None:
+            pixels = torch.cat((pixels[:, :1].expand(-1, TIME - 1, -1, -1, -1), pixels), dim=1)
+        return self.encode_groups(pixels, state)
 
-    def encode_groups(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 4·T, 3, H, W] -> latents [B, T, C, H/8, W/8]: the plain encoder, four frames to a latent frame."""
-        latents, memory = [], None
-        for span in pixels.split(ENCODED_TOGETHER, dim=1):
+    def encode_groups(self, pixels: Tensor, state: TaehvState | None = None) -> tuple[Tensor, TaehvState]:
+        """`encode` of pixels [B, 4·T, 3, H, W] wherever they stand: four frames to every latent frame."""
+        latents, memory = [], state.memory if state is not None else None
+        for span in pixels.split(ENCODED_TOGETHER * TIME, dim=1):
             part, memory = _run(self.encoder, span, memory)
             latents.append(part)
-        return torch.cat(latents, dim=1)
+        assert memory is not None, "there is at least one frame"
+        return torch.cat(latents, dim=1), TaehvState(memory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sfrt.config import ModelConfig
@@ -20,8 +19,3 @@ def latents_from_tokens(tokens: Tensor, config: ModelConfig, rows: int, columns:
     _, patch_rows, patch_columns = config.patch_size
     patches = tokens.view(-1, rows, columns, patch_rows, patch_columns, config.latent_channels)
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-
-
-def frames_from_pixels(pixels: Tensor) -> Tensor:
-    """uint8 [F, H, W, 3] from float [F, 3, H, W] in [0, 1], rounded."""
-    return pixels.float().mul(255.0).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
