@@ -1,7 +1,7 @@
 """`python -m bench.full_size`: a random-weight 1.3B checkpoint in the published layout, exported with its ONNX graphs.
 
-Time and peak memory of the export, each stage in a process of its own; then one denoising pass of the exported step at
-a small resolution against the torch backend's, both in float32.
+Time and peak memory of each stage, in a process of its own: the export; one denoising pass of the exported graphs at a
+small resolution against the torch backend's, both in float32; and the bundle quantised to int8 with its quality gate.
 """
 
 from __future__ import annotations
@@ -14,20 +14,25 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
-from bench.protocol import environment
 from sfrt.backends import Grid
 from sfrt.backends.loading import transformer_of
+from sfrt.benchmark.protocol import environment
 from sfrt.bundle import Bundle
+from sfrt.bundle.quantization import Method
 from sfrt.config import ModelConfig, StreamConfig
 from sfrt.machine import peak_memory
 from sfrt.ring import chunk_sizes, ring_for
 from sfrt_export.export import export_checkpoint
 from sfrt_export.layout import published_shapes
+from sfrt_export.quantized_bundle import quantize_bundle
 
-STREAM = StreamConfig(height=64, width=96, window=6)
+SMALL: dict[str, Any] = {"height": 32, "width": 48, "window": 6}
+STREAM = StreamConfig(**SMALL)
+METHOD: Method = "int8"
 TIMESTEP = 750.0
 
 
@@ -35,23 +40,28 @@ def main() -> None:
     """Run all stages, or the one named, which is how they come to processes of their own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures to a file")
-    parser.add_argument("--folder", type=Path, help="for checkpoint and bundle, 10 GB; a temporary one by default")
+    parser.add_argument("--folder", type=Path, help="for checkpoint and bundles, 10 GB; a temporary one by default")
+    parser.add_argument("--without-gate", action="store_true", help="leave out what takes 20 minutes on one core")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage is not None:
         print(json.dumps(run(arguments.stage, arguments.folder)))
         return
+    surroundings = environment("cpu")
     with TemporaryDirectory(dir=arguments.folder) as folder:
-        figures = {stage: in_own_process(stage, Path(folder)) for stage in STAGES}
+        stages = [stage for stage in STAGES if stage != "quantize" or not arguments.without_gate]
+        figures = {stage: in_own_process(stage, Path(folder)) for stage in stages}
         size = (Path(folder) / "model.pt").stat().st_size
         difference = relative_difference(Path(folder))
+        quality = {"quantized": quality_of(Path(folder))} if "quantize" in stages else {}
     report = {
-        "environment": environment("cpu"),
+        "environment": surroundings,
         "model": str(ModelConfig()),
         "checkpoint_bytes": size,
         "peak_over_file": (figures["export"]["peak_bytes"] - figures["export"]["before_bytes"]) / size,
         "stages": figures,
         "step_onnx_against_torch": {"relative_error": difference, "height": STREAM.height, "width": STREAM.width},
+        **quality,
     }
     print(json.dumps(report, indent=1))
     if arguments.json is not None:
@@ -88,7 +98,9 @@ def make(folder: Path) -> None:
 
 
 def export(folder: Path) -> None:
-    export_checkpoint(folder / "model.pt", folder / "bundle", family="self-forcing", ema=True, onnx=("float32",))
+    export_checkpoint(
+        folder / "model.pt", folder / "bundle", family="self-forcing", ema=True, stream=SMALL, onnx=("float32",)
+    )
 
 
 def with_torch(folder: Path) -> None:
@@ -115,12 +127,33 @@ def one_pass(folder: Path, backend: str) -> None:
     torch.save(rollout.flow(chunks[1], TIMESTEP).float().clone(), folder / f"{backend}.flow")
 
 
-STAGES = {"make": make, "export": export, "torch": with_torch, "onnx": with_onnx}
+def quantize(folder: Path) -> None:
+    """With the whole gate, at the bundle's own small resolution."""
+    quantize_bundle(Bundle.open(folder / "bundle"), folder / METHOD, METHOD)
+
+
+STAGES = {"make": make, "export": export, "torch": with_torch, "onnx": with_onnx, "quantize": quantize}
 
 
 def relative_difference(folder: Path) -> float:
     flow = {backend: torch.load(folder / f"{backend}.flow", weights_only=True) for backend in ("torch", "onnx")}
     return float((flow["onnx"] - flow["torch"]).norm() / flow["torch"].norm())
+
+
+def quality_of(folder: Path) -> dict[str, Any]:
+    """What the gate found, as the quantised bundle's manifest has it."""
+    bundle = Bundle.open(folder / METHOD, verify=False)
+    found = bundle.manifest.quantization
+    assert found is not None
+    worst = max(found.layers, key=found.layers.__getitem__)
+    return {
+        "method": found.method,
+        "transformer_bytes": bundle.manifest.files["transformer.safetensors"].bytes,
+        "layers": len(found.layers),
+        "flow_error": found.quality.flow_error,
+        "latent_error": found.quality.latent_error,
+        "worst_layer": {worst: found.layers[worst]},
+    }
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ from typing import Literal, get_args
 from sfrt.errors import ConfigError
 
 Sampler = Literal["renoise", "euler"]
+Positions = Literal["absolute", "window"]
+Refresh = Literal["rolling", "rebuild", "reencode"]
+Placement = Literal["auto", "resident", "on-demand", "cpu"]
+"""Where a text encoder stays: see sfrt.prompts."""
 
 TRAIN_TIMESTEPS = 1000
 """Length of the flow-matching table that all models of this family were trained with."""
@@ -69,6 +73,15 @@ class ModelConfig:
         return self.dim // self.num_heads
 
     @property
+    def rotary_pairs(self) -> tuple[int, int, int]:
+        """How many of a head's pairs of features turn with the frame, the row and the column of a token, in order.
+
+        Rows and columns take a third each, rounded down, and frames the rest.
+        """
+        third = self.head_dim // 2 // 3
+        return (self.head_dim // 2 - 2 * third, third, third)
+
+    @property
     def token_dim(self) -> int:
         """Latent values in one token: patch height × patch width × channels."""
         return self.patch_size[1] * self.patch_size[2] * self.latent_channels
@@ -83,6 +96,14 @@ class StreamConfig:
     published configurations mean it. first_steps, where given, replaces steps for the first chunk. sampler is how a
     step goes on to the next: "renoise" mixes the predicted picture with fresh noise, as distilled few-step models are
     trained to be used; "euler" follows the predicted flow, as a model trained by flow matching alone must be.
+
+    positions is where on the frame axis the model sees a frame: "absolute" is its number in the video; "window" its
+    place among the visible frames, sinks first, so that no distance ever grows beyond the window (Infinite Forcing).
+
+    refresh is how clean keys and values come into the cache: "rolling" runs each chunk once more when it is done, over
+    all that it saw; "rebuild" fills the cache anew before every chunk, from no more than the clean frames in view;
+    "reencode" does so too, with the first of them, where it does not begin the video, encoded anew as a picture of its
+    last pixel frame, since a model knows only pictures to begin with (Krea realtime).
     """
 
     chunk: int = 3
@@ -92,6 +113,8 @@ class StreamConfig:
     steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     first_steps: tuple[float, ...] | None = None
     sampler: Sampler = "renoise"
+    positions: Positions = "absolute"
+    refresh: Refresh = "rolling"
     warp: bool = True
     shift: float = 5.0
     context_noise: float = 0.0
@@ -112,10 +135,9 @@ class StreamConfig:
                 f"window {self.window} is smaller than chunk {self.chunk} + sink {self.sink}; "
                 f"make it at least {self.chunk + self.sink}",
             )
-        _require(
-            self.sampler in get_args(Sampler),
-            f"no sampler is called {self.sampler!r}; choose one of: {', '.join(get_args(Sampler))}",
-        )
+        for setting, names in (("sampler", Sampler), ("positions", Positions), ("refresh", Refresh)):
+            value, known = getattr(self, setting), get_args(names)
+            _require(value in known, f"{setting} cannot be {value!r}; choose one of: {', '.join(known)}")
         for steps in (self.steps, self.first_steps or self.steps):
             _check_steps(steps)
             _require(

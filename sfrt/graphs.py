@@ -4,14 +4,19 @@ Every graph exists once per dtype it computes in, as NAME.DTYPE.onnx beside the 
 Shapes: L tokens of a chunk, R tokens that the ring has room for, N steps, S text slots, H heads of d, P token features,
 D model features; C × h × w latents; B = 1 throughout.
 
-    step, refresh     one pass over a chunk; refresh ends at the last layer's keys and values
-    …_masked          the same for rings in which what is visible is not simply the first so many tokens
+    refresh           a pass over a chunk as far as the last layer's keys and values: all that a refresh pass is
+    flow              what a denoising pass does after that, with what refresh has left for it
+    step              both in one, a whole denoising pass: for other runtimes, as sfrt runs the two
+    …_masked          refresh and flow for rings in which what is visible is not simply the first so many tokens
     modulation        timestep embeddings → the adaptive norms of every layer
     text_kv           prompt embeddings → every layer's text keys and values
     text_encoder      token ids → prompt embeddings
     decoder_first     the first chunk of a video → pixels, state
     decoder           a later chunk and the state before it → pixels, state
     encoder_first, encoder    the same from pixels to latents
+
+No weight of the transformer is in two graphs that a stream runs: ONNX Runtime packs a graph's weights for its kernels and
+TensorRT builds them into its plan, so that what two graphs had in common would lie in memory twice.
 """
 
 from __future__ import annotations
@@ -19,10 +24,11 @@ from __future__ import annotations
 from typing import Final, Literal
 
 GraphName = Literal[
-    "step",
-    "step_masked",
     "refresh",
     "refresh_masked",
+    "flow",
+    "flow_masked",
+    "step",
     "modulation",
     "text_kv",
     "text_encoder",
@@ -33,7 +39,7 @@ GraphName = Literal[
 ]
 
 OF_PART: Final[dict[str, tuple[GraphName, ...]]] = {
-    "transformer": ("step", "step_masked", "refresh", "refresh_masked", "modulation", "text_kv"),
+    "transformer": ("refresh", "refresh_masked", "flow", "flow_masked", "step", "modulation", "text_kv"),
     "decoder": ("decoder_first", "decoder", "encoder_first", "encoder"),
     "text_encoder": ("text_encoder",),
 }
@@ -44,7 +50,7 @@ KINDS: tuple[Kind, Kind] = ("k", "v")
 
 OPSET: Final = 24
 
-# step and refresh: inputs
+# refresh and step: inputs; flow has all but the tokens and where to write, and of the rings and the text the last layer's
 TOKENS: Final = "tokens"  # float32 [L, P]
 STEP: Final = "step"  # int64 []: row of the modulation tables
 ROTARY_COS: Final = "rotary_cos"  # float32 [1, L, d/2]
@@ -53,10 +59,14 @@ WRITE_AT: Final = "write_at"  # int64 [1]: the ring's token where the chunk's fi
 VALID: Final = "valid"  # int64 [1]: how many of the ring's first tokens are visible
 VISIBLE: Final = "visible"  # bool [1, R], in the masked variants instead of it
 
-# step's output; both also give the rings back
+# refresh's outputs beside the rings, and inputs of flow
+HIDDEN: Final = "hidden"  # [L, D]: what comes into the last layer
+QUERIES: Final = "queries"  # [L, D]: that layer's, before their norm
+
+# flow's and step's output
 FLOW: Final = "flow"  # float32 [L, P]
 
-# modulation; its outputs are inputs of step and refresh
+# modulation; its outputs are inputs of refresh and flow
 TIMESTEP_EMBEDDING: Final = "timestep_embedding"  # float32 [N, freq_dim]
 MODULATION_BLOCKS: Final = "modulation_blocks"  # [N, 6 · layers, D]
 MODULATION_HEAD: Final = "modulation_head"  # [N, 2, D]
@@ -81,7 +91,7 @@ def ring_out(kind: Kind, layer: int) -> str:
 
 
 def text(kind: Kind, layer: int) -> str:
-    """A layer's text keys or values, [1, H, S, d]: out of text_kv, into step and refresh."""
+    """A layer's text keys or values, [1, H, S, d]: out of text_kv, into refresh and flow."""
     return f"text_{kind}.{layer}"
 
 

@@ -1,4 +1,4 @@
-"""Where a chunk is written in the key/value ring, what it sees and which frames those are: pure integers.
+"""Where a chunk is written in the key/value ring, what it sees, which frames those are, at which positions: integers.
 
 Softmax over keys does not depend on their order, so a latent frame may lie in any slot. The first `sink` frames own the
 first slots for good; the others share the rest in turn, so that a new frame overwrites exactly the one that leaves the
@@ -6,43 +6,44 @@ window (arXiv 2506.08009, section 3.5, without its moves: nothing is ever shifte
 
     slot   0 … sink-1    sink … window-1
            sink frames   frame f at sink + (f - sink) mod (window - sink)
+
+Frames are numbered here from when the ring was last empty. That is their number in the video, until a ring is filled
+anew with the frames that are in view and goes on from there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from sfrt.config import StreamConfig
+from sfrt.config import Positions, StreamConfig
 from sfrt.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Run:
-    """Neighbouring frames of a chunk in neighbouring slots: its frames [first, first + count), from `slot` on."""
-
-    first: int
-    slot: int
-    count: int
-
-
-@dataclass(frozen=True)
 class ChunkPlan:
-    """One chunk's place: its absolute latent frames, their slots as runs, and how many slots hold visible frames.
+    """One chunk's place: its latent frames, the slot of each, and how many slots hold visible frames.
 
-    The visible slots are always the first ones: the ring fills from slot 0 on, and once full it stays full.
+    The visible slots are always the first ones: the ring fills from slot 0 on, and once full it stays full. positions
+    are the frames' own on the frame axis; sink_shift is how far beyond the positions that they were written at the
+    sinks are to be seen.
     """
 
     frames: range
-    runs: tuple[Run, ...]
+    slots: tuple[int, ...]
     visible: int
+    positions: Sequence[int]
+    sink_shift: int
 
 
 @dataclass(frozen=True)
 class Ring:
-    """A sink and a rolling region of slots, each one latent frame wide."""
+    """A sink and a rolling region of slots, each one latent frame wide; positions as StreamConfig has them."""
 
     slots: int
     sink: int = 0
+    positions: Positions = "absolute"
 
     def __post_init__(self) -> None:
         if not 0 <= self.sink < self.slots:
@@ -56,27 +57,36 @@ class Ring:
             return frame
         return self.sink + (frame - self.sink) % (self.slots - self.sink)
 
-    def plan(self, start: int, count: int) -> ChunkPlan:
-        """The place of frames [start, start + count). Raises ConfigError where the chunk would overwrite itself."""
+    def plan(self, start: int, count: int, video_frames: Sequence[int] | None = None) -> ChunkPlan:
+        """The place of frames [start, start + count).
+
+        video_frames are their numbers in the video, where those are others. Raises ConfigError where the chunk would
+        overwrite itself.
+
+        What attention depends on is how far a query and a key lie apart. Seen from their places in the window, frames
+        beside each other in the rolling region stay so, and only the sinks come nearer: by one for each frame that
+        has left from in between. So the chunk keeps its own numbers, and the sinks follow.
+        """
         if count < 1 or count > self.slots - min(start, self.sink):
             raise ConfigError(
                 f"a chunk of {count} frames does not fit a ring of {self.slots} slots with {self.sink} sinks"
             )
-        runs: list[Run] = []
-        for offset in range(count):
-            slot = self.slot(start + offset)
-            if runs and slot == runs[-1].slot + runs[-1].count:
-                runs[-1] = Run(runs[-1].first, runs[-1].slot, runs[-1].count + 1)
-            else:
-                runs.append(Run(offset, slot, 1))
-        return ChunkPlan(range(start, start + count), tuple(runs), min(start + count, self.slots))
+        frames = range(start, start + count)
+        slots = tuple(map(self.slot, frames))
+        visible = min(frames.stop, self.slots)
+        if self.positions == "window":
+            return ChunkPlan(frames, slots, visible, frames, sink_shift=frames.stop - visible)
+        return ChunkPlan(frames, slots, visible, frames if video_frames is None else video_frames, sink_shift=0)
 
     def visible_frames(self, plan: ChunkPlan) -> list[int]:
-        """The absolute latent frames in the visible slots once the plan's chunk is written, by slot."""
-        end = plan.frames.stop
-        rolling = self.slots - self.sink
-        frames = [*range(min(self.sink, end)), *range(max(self.sink, end - rolling), end)]
+        """The frames in the visible slots once the plan's chunk is written, by slot."""
+        frames = [*self.context(plan.frames.start, len(plan.frames)), *plan.frames]
         return sorted(frames, key=self.slot)
+
+    def context(self, start: int, count: int) -> list[int]:
+        """The frames before `start` that a chunk of `count` frames from there on sees, in order."""
+        rolling = self.slots - self.sink
+        return [*range(min(self.sink, start)), *range(max(self.sink, start + count - rolling), start)]
 
 
 def ring_for(config: StreamConfig, frames: int | None = None) -> Ring:
@@ -88,7 +98,7 @@ def ring_for(config: StreamConfig, frames: int | None = None) -> Ring:
         return Ring(max(frames, config.chunk))  # nothing is ever evicted, so no sink is needed
     if config.window is None:
         raise ConfigError("a stream without a window keeps every frame; give it a limit, or a window to roll in")
-    return Ring(config.window, config.sink)
+    return Ring(config.window, config.sink, config.positions)
 
 
 @dataclass(frozen=True)
@@ -106,9 +116,14 @@ class ChunkSizes:
         """The number of the chunk that holds a frame."""
         return 0 if frame < self.first else 1 + (frame - self.first) // self.later
 
+    def pieces(self, frames: int) -> list[range]:
+        """The first so many frames, by chunk; the last may be cut off."""
+        starts = (0, *range(self.first, frames, self.later))
+        return [range(start, end) for start, end in pairwise((*starts, frames))] if frames else []
+
 
 def chunk_sizes(config: StreamConfig, initial: int = 0) -> ChunkSizes:
-    """The chunks of a stream, those included that its `initial` given frames are taken in by."""
+    """The chunks of a stream, those included that its `initial` given frames are taken in by, odd ones first."""
     first = (initial % config.chunk or config.chunk) if initial else config.first_chunk or config.chunk
     return ChunkSizes(first, config.chunk)
 
@@ -128,6 +143,8 @@ class BlockRing:
     Every chunk has a block of slots to itself; a block is used again once nothing in it is visible. Where the window,
     the sink and the first chunk are whole chunks, the slots are those of `ring`. Elsewhere a block may hold frames that
     have left the window beside others that have not, so that what is visible has holes.
+
+    Where the ring is filled anew with what is in view, that is taken in by other sizes if it is no whole chunks.
     """
 
     ring: Ring
@@ -141,7 +158,15 @@ class BlockRing:
 
     @property
     def slots(self) -> int:
-        return (self._sink_blocks + self._rolling_blocks) * self.sizes.later
+        """How many slots it takes, also when it is filled anew."""
+        later = self.sizes.later
+        anew = replace(self, sizes=ChunkSizes(self.ring.slots % later or later, later))
+        return (max(self._sink_blocks, anew._sink_blocks) + self._rolling_blocks) * later
+
+    @property
+    def sinks(self) -> tuple[int, ...]:
+        """The slots of the sink frames."""
+        return tuple(map(self._slot, range(self.ring.sink)))
 
     @property
     def _sink_blocks(self) -> int:

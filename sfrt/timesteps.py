@@ -43,15 +43,26 @@ def warp(timestep: float, shift: float) -> float:
     return sigma_table(shift)[index] * TRAIN_TIMESTEPS
 
 
-def steps_of(config: StreamConfig, *, first_chunk: bool = False) -> tuple[Step, ...]:
-    """The denoising steps of a chunk; the first chunk of a stream may have a list of its own."""
+def steps_of(config: StreamConfig, *, first_chunk: bool = False, strength: float | None = None) -> tuple[Step, ...]:
+    """The denoising steps of a chunk; the first chunk of a stream may have a list of its own.
+
+    strength, in (0, 1], is the sigma to start from instead of the list's own: a step there, then the listed ones below.
+    """
     listed = config.first_steps if first_chunk and config.first_steps else config.steps
     timesteps = [warp(step, config.shift) if config.warp else step for step in listed]
-    sigmas = [sigma_at(timestep, config.shift) for timestep in timesteps]
-    return tuple(map(Step, timesteps, sigmas, [*sigmas[1:], 0.0]))
+    pairs = [(timestep, sigma_at(timestep, config.shift)) for timestep in timesteps]
+    if strength is not None:
+        pairs = [(strength * TRAIN_TIMESTEPS, strength), *(pair for pair in pairs if pair[1] < strength)]
+    ends = [*(sigma for _, sigma in pairs[1:]), 0.0]
+    return tuple(Step(timestep, sigma, end) for (timestep, sigma), end in zip(pairs, ends, strict=True))
 
 
-def timesteps_of(config: StreamConfig) -> tuple[float, ...]:
+def opening(first: Step) -> Step:
+    """The step that seems to lie before the first one where a chunk starts from given latents, not from noise."""
+    return Step(float(TRAIN_TIMESTEPS), 1.0, first.sigma)
+
+
+def timesteps_of(config: StreamConfig, strength: float | None = None) -> tuple[float, ...]:
     """Every timestep that a stream's passes run at, without repeats: all its steps, and the refresh pass."""
-    steps = (*steps_of(config, first_chunk=True), *steps_of(config))
+    steps = (*steps_of(config, first_chunk=True, strength=strength), *steps_of(config, strength=strength))
     return tuple(dict.fromkeys((*(step.timestep for step in steps), config.context_noise)))

@@ -1,4 +1,4 @@
-"""export/sfrt_export reading side: every published spelling gives the same weights, every fault its own sentence."""
+"""export/sfrt_export/checkpoint.py: every published spelling gives the same weights, every fault its own sentence."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import json
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,31 +18,14 @@ from torch import Tensor, nn
 
 from sfrt.backends import Grid
 from sfrt.backends.torch import TorchBackend
-from sfrt.config import ModelConfig, StreamConfig, WanVaeConfig
-from sfrt.decoders.wan_vae import WanVae
+from sfrt.config import ModelConfig, StreamConfig
 from sfrt.errors import CheckpointError
 from sfrt.ops.layout import latents_from_tokens, tokens_from_latents
 from sfrt.ring import chunk_sizes, ring_for
-from sfrt.text import Umt5Encoder
 from sfrt.transformer import Transformer
-from sfrt_export import spellings
 from sfrt_export.checkpoint import TransformerCheckpoint, load_transformer, plain_name
 from sfrt_export.layout import module_shapes, module_tensors, published_shapes
-from sfrt_export.parts import load_text_encoder, load_wan_vae
-
-GOLDEN = Path(__file__).parent / "golden"
-WEIGHTS = GOLDEN / "dit" / "weights_d128h2l2.safetensors"
-Tensors = dict[str, Tensor]
-
-
-@pytest.fixture
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")
-    )
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
+from tests.checkpoints import GOLDEN, WEIGHTS, Tensors, full_size, shallower, without
 
 
 @pytest.fixture(scope="module")
@@ -192,21 +173,11 @@ def test_a_folder_with_an_adapter_beside_its_base_is_refused(tmp_path: Path, wei
     assert load(tmp_path / "longlive_base.pt").weights == "generator"
 
 
-def full_size(name: str) -> Tensors:
-    """The tensors of a published model without their values."""
-    table = json.loads((GOLDEN / "checkpoint_keys" / f"{name}.json").read_text())["keys"]
-    return {key: torch.empty(shape, device="meta") for key, shape in table.items()}
-
-
 @pytest.mark.parametrize(("name", "heads", "layers"), [("wan_t2v_1.3b", 12, 30), ("wan_t2v_14b", 40, 40)])
 def test_full_size_models_are_told_by_their_shapes(tmp_path: Path, name: str, heads: int, layers: int) -> None:
     torch.save({"generator": prefixed(full_size(name), "model.")}, tmp_path / "model.pt")
     config = load_transformer(tmp_path / "model.pt").config
     assert (config.num_heads, config.num_layers, config.text_len) == (heads, layers, 512)
-
-
-def shallower(tensors: Tensors, last: int) -> Tensors:
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"blocks.{last}.")}
 
 
 def test_a_model_without_its_last_block_is_not_a_shallower_one(tmp_path: Path) -> None:
@@ -215,17 +186,6 @@ def test_a_model_without_its_last_block_is_not_a_shallower_one(tmp_path: Path) -
         load_transformer(tmp_path / "model.pt")
     (tmp_path / "config.json").write_text(json.dumps({"num_layers": 29}))
     assert load_transformer(tmp_path / "model.pt").config.num_layers == 29, "pruned on purpose, and said so"
-
-
-def test_a_text_encoder_without_its_last_block_is_not_a_shallower_one(tmp_path: Path, tokenizer_file: Path) -> None:
-    torch.save(shallower(full_size("umt5_xxl_encoder"), 23), tmp_path / "umt5.pth")
-    (tmp_path / "config.json").write_text(json.dumps({"dim": 1536, "num_layers": 23}))  # the DiT's, as Wan publishes it
-    with pytest.raises(CheckpointError, match=r"of 24 layers .* keys missing \(blocks\.23\."):
-        load_text_encoder(tmp_path / "umt5.pth", tokenizer_file, 512)
-    torch.save(load_file(GOLDEN / "umt5" / "weights.safetensors"), tmp_path / "umt5.pth")
-    (tmp_path / "config.json").write_text(json.dumps({"d_model": 32, "num_layers": 7}))
-    with pytest.raises(CheckpointError, match=r"of 7 layers .* keys missing"):
-        load_text_encoder(tmp_path / "umt5.pth", tokenizer_file, 24)
 
 
 def test_the_config_beside_a_single_file(tmp_path: Path, weights: Tensors) -> None:
@@ -254,7 +214,7 @@ def test_several_variants_in_a_folder(tmp_path: Path, weights: Tensors) -> None:
         load(tmp_path)
 
 
-def test_two_tensors_for_one_published_name(tmp_path: Path, weights: Tensors, tokenizer_file: Path) -> None:
+def test_two_tensors_for_one_published_name(tmp_path: Path, weights: Tensors) -> None:
     renamed = in_diffusers_names(weights)
     torch.save({**renamed, "head.head.bias": weights["head.head.bias"].clone()}, tmp_path / "model.pt")
     assert load(tmp_path / "model.pt").tensors.keys() == weights.keys(), "the same values twice are one parameter"
@@ -381,10 +341,6 @@ def test_torch_files_without_names(tmp_path: Path, content: object) -> None:
         load(tmp_path / "model.pt")
 
 
-def without(*names: str) -> Callable[[Tensors], Any]:
-    return lambda w: {name: tensor for name, tensor in w.items() if name not in names}
-
-
 def with_tensor(name: str, tensor: Tensor) -> Callable[[Tensors], Any]:
     return lambda w: {**w, name: tensor}
 
@@ -481,74 +437,3 @@ def test_converted_weights_compute_the_published_flow(weights: Tensors) -> None:
         tokens = rollout.flow(tokens_from_latents(golden["call.000.x"][0], config), 1000.0)
     flow, reference = latents_from_tokens(tokens, config, 3, 4), golden["call.000.flow"][0]
     assert float((flow - reference).norm() / reference.norm()) <= 1e-4
-
-
-def test_wan_vae_and_its_diffusers_names(tmp_path: Path) -> None:
-    vae = load_file(GOLDEN / "wan_vae" / "weights.safetensors")
-    inverse = {ours: theirs for theirs, ours in spellings.WAN_VAE.items() if "*" not in ours}
-
-    def theirs(name: str) -> str:
-        stem, _, leaf = name.rpartition(".")
-        if stem.startswith("encoder.downsamples."):
-            stem = stem.replace("downsamples", "down_blocks").replace("shortcut", "conv_shortcut")
-            for number, new in (("0", "norm1"), ("2", "conv1"), ("3", "norm2"), ("6", "conv2")):
-                stem = stem.replace(f"residual.{number}", new)
-            return f"{stem}.{leaf}"
-        return f"{inverse[stem]}.{leaf}"
-
-    torch.save(vae, tmp_path / "Wan2.1_VAE.pth")
-    folder = tmp_path / "pipeline" / "vae"
-    folder.mkdir(parents=True)
-    renamed = {theirs(name): tensor for name, tensor in vae.items()}
-    assert "decoder.up_blocks.2.resnets.1.conv2.weight" in renamed
-    assert "decoder.up_blocks.1.upsamplers.0.time_conv.bias" in renamed
-    save_file(renamed, folder / "diffusion_pytorch_model.safetensors")
-    for path in (tmp_path / "Wan2.1_VAE.pth", tmp_path / "pipeline"):
-        loaded = load_wan_vae(path)
-        assert loaded.part.config == replace(WanVaeConfig(), dim=8)
-        assert loaded.tensors.keys() == vae.keys()
-        assert all(torch.equal(loaded.tensors[name], vae[name]) for name in vae)
-    with pytest.raises(CheckpointError, match=r"is not a Wan 2\.1 VAE: it has no decoder\.head\.2\.weight"):
-        load_wan_vae(WEIGHTS)
-
-
-def test_diffusers_vae_table_covers_the_full_size_names() -> None:
-    keys = json.loads((GOLDEN / "checkpoint_keys" / "wan2.1_vae.json").read_text())["keys"]
-    with torch.device("meta"):
-        own = {name: list(value.shape) for name, value in WanVae(WanVaeConfig()).state_dict().items()}
-    assert own == keys
-    targets = {target.replace(".*.", ".", 1) for target in spellings.WAN_VAE.values()}
-    for name in keys:
-        stem = name.rpartition(".")[0]
-        if stem.startswith("encoder.downsamples."):
-            stem = ".".join(part for index, part in enumerate(stem.split(".")) if index != 2)
-        assert stem in targets, f"no diffusers name leads to {name}"
-
-
-def test_umt5_and_its_transformers_names(tmp_path: Path, tokenizer_file: Path) -> None:
-    published = load_file(GOLDEN / "umt5" / "weights.safetensors")
-    renamed: Tensors = {}
-    for name, tensor in published.items():
-        new = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}.get(name)
-        if new is None:
-            _, number, rest = name.split(".", 2)
-            rest = rest.replace("norm1", "layer.0.layer_norm").replace("norm2", "layer.1.layer_norm")
-            rest = rest.replace("attn.", "layer.0.SelfAttention.").replace("ffn.", "layer.1.DenseReluDense.")
-            rest = rest.replace("pos_embedding.embedding", "layer.0.SelfAttention.relative_attention_bias")
-            rest = rest.replace("gate.0", "wi_0").replace("fc1", "wi_1").replace("fc2", "wo")
-            new = f"encoder.block.{number}.{rest}"
-        renamed[new] = tensor
-    renamed["encoder.embed_tokens.weight"] = renamed["shared.weight"]
-    torch.save(published, tmp_path / "umt5.pth")
-    torch.save(renamed, tmp_path / "tied.bin")
-    torch.save(without("shared.weight")(renamed), tmp_path / "encoder.bin")
-    for file in ("umt5.pth", "tied.bin", "encoder.bin"):
-        loaded = load_text_encoder(tmp_path / file, tokenizer_file, 24)
-        assert loaded.tensors.keys() == published.keys()
-        assert all(torch.equal(loaded.tensors[name], published[name]) for name in published)
-        Umt5Encoder(loaded.config).load_state_dict(dict(loaded.tensors), strict=True)
-    assert load_text_encoder(tmp_path / "umt5.pth", tokenizer_file.parent, 24).tokenizer == tokenizer_file
-    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json; take it from the folder google/umt5-xxl"):
-        load_text_encoder(tmp_path / "umt5.pth", tmp_path, 24)
-    with pytest.raises(CheckpointError, match="is not a UMT5 encoder"):
-        load_text_encoder(WEIGHTS, tokenizer_file, 24)

@@ -1,11 +1,10 @@
-"""The command line as a user meets it: real models, real files, and what it says when something is wrong."""
+"""The command line as a user meets it: real models, real files."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-import pickle
 import pty
 import re
 import shutil
@@ -15,10 +14,8 @@ import subprocess
 import sys
 import termios
 import time
-import zipfile
-from collections.abc import Callable
+from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,57 +27,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sfrt import Runtime, __version__, cli
+from sfrt import Runtime, __version__
 from sfrt.bundle import resolve_model
 from sfrt.cli.streams import Length, _pump
 from sfrt.config import TaehvConfig, Umt5Config
 from sfrt.decoders.taehv import Taehv
 from sfrt.metrics import StreamMeter
 from sfrt.text import Umt5Encoder
-from sfrt.video import VideoWriter
-
-PROMPT = "a red circle moving left on a white background"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int | str
-    out: str
-    err: str
-
-    @property
-    def complaint(self) -> str:
-        """The one line of a refused command."""
-        assert self.code == 2, (self.code, self.err)
-        assert self.out == ""
-        (line,) = self.err.splitlines()
-        assert line.startswith("sfrt: error: ")
-        return line.removeprefix("sfrt: error: ")
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The command line in this process, working in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Outcome:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            cli.main([str(argument) for argument in arguments])
-        return Outcome(exit.value.code or 0, *capfd.readouterr())
-
-    return run
+from sfrt.video import VideoWriter, open_writer
+from tests.command_line import PROMPT, Run
 
 
 def frames_of(video: str | Path) -> list[np.ndarray[Any, Any]]:
     with av.open(str(video)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-
-
-# What works
 
 
 def test_mp4(run: Run, tiny_bundle: Path) -> None:
@@ -135,6 +95,43 @@ def test_it_goes_on_from_a_picture(run: Run, tiny_bundle: Path) -> None:
     start = ["--initial", "start.png", "--model", tiny_bundle, "--seconds", "1", "--json"]
     said = json.loads(run("generate", PROMPT, "-o", "out", *start).out)
     assert said["frames"] == 1 + 16 == len(list(Path("out").iterdir()))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A clip of 24 frames, larger than the tiny model's and half as fast."""
+    frames = np.random.default_rng(0).integers(256, size=(12, 64, 96, 3), dtype=np.uint8)
+    with open_writer(str(tmp_path / "source.mp4"), width=96, height=64, fps=8) as writer:
+        writer.write(frames)
+    return tmp_path / "source.mp4"
+
+
+def test_it_goes_by_a_source(run: Run, tiny_bundle: Path, source: Path) -> None:
+    start = ["--source", source, "--model", tiny_bundle, "--strength", "0.5"]
+    outcome = run("generate", PROMPT, "-o", "out.mp4", *start)
+    assert outcome.err.startswith("out.mp4: 21 frames"), "9 and 12; three more fill no chunk"
+    said = json.loads(run("generate", PROMPT, "-o", "out.gif", "--json", *start, "--seconds", "1").out)
+    assert said["frames"] == 16 and said["settings"]["strength"] == 0.5
+
+
+def test_sources_that_cannot_be(run: Run, tiny_bundle: Path, source: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (48, 32)).save("one.png")
+    (tmp_path / "text.mp4").write_text("this is no video")
+    (tmp_path / "cut.mp4").write_bytes(source.read_bytes()[:500])
+    there = sorted(os.listdir())
+    for arguments, words in (
+        (["--source", "one.png", "--strength", "0.5"], "the source ends after 1 frames; its first chunk needs 9"),
+        (["--source", "text.mp4", "--strength", "0.5"], "cannot read text.mp4 as a picture or a video"),
+        (["--source", "cut.mp4", "--strength", "0.5"], "cannot read cut.mp4"),
+        (["--source", "nowhere.mp4", "--strength", "0.5"], "nowhere.mp4: there is no such file"),
+        (["--source", source, "--strength", "1.5"], "strength is 1.5; it must be above 0 and at most 1"),
+        (["--source", source], "starts from pure noise"),
+        (["--strength", "0.5"], "give a source with it"),
+        (["--source", source, "--initial", "one.png", "--strength", "0.5"], "give one of them"),
+        (["--source", source, "--strength", "0.5", "--width", "50"], "width 50 is not a positive multiple of 16"),
+    ):
+        assert words in run("generate", PROMPT, "-o", "out.mp4", "--model", tiny_bundle, *arguments).complaint
+        assert sorted(os.listdir()) == there, "nothing half-written is left"
 
 
 def test_a_pipe_gets_the_video_and_nothing_else(tmp_path: Path, tiny_bundle: Path) -> None:
@@ -195,7 +192,7 @@ def test_the_refresh_pass_goes_before_the_writing_but_for_the_last(tiny_bundle: 
 
     class Watching(VideoWriter):
         def _append(self, frames: NDArray[np.uint8]) -> None:
-            refreshed.append(session._unrefreshed is None)
+            refreshed.append(not session._context.owes)
 
         def _finish(self) -> None: ...
 
@@ -203,8 +200,8 @@ def test_the_refresh_pass_goes_before_the_writing_but_for_the_last(tiny_bundle: 
     for length in (Length(3), Length(9, frames=30)):
         refreshed.clear()
         with runtime.session(PROMPT, limit=length.chunks) as session:
-            frames = _pump(session, Watching("nowhere", 48, 32), length, StreamMeter())
-        assert frames == (length.frames or 33)
+            made = _pump(session, Watching("nowhere", 48, 32), length, StreamMeter(), deque())
+        assert made == (length.frames or 33, [])
         assert refreshed == [True, True, False]
 
 
@@ -327,225 +324,3 @@ def test_help_and_version(run: Run) -> None:
     assert run("--version").out == f"sfrt, version {__version__}\n"
     text = run("--help").out
     assert all(verb in text for verb in ("generate", "verify", "export", "info", "doctor"))
-
-
-# Bad input: one line that names the thing and the way out, exit code 2, nothing left behind
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "Missing command; see sfrt --help"),
-        (["dream"], "No such command 'dream'; see sfrt --help"),
-        (["generate", PROMPT], "Missing option '-o' / '--output'; see sfrt generate --help"),
-        (["generate", PROMPT, "-o", "x.mp4", "--seconds", "1", "--chunks", "1"], "give one of them"),
-        (["generate", PROMPT, "-o", "-", "--json"], "give the video a file"),
-        (["generate", PROMPT, "-o", "x.mp4", "--seconds", "0"], "'0' is no length of a video"),
-        (["generate", PROMPT, "-o", "x.mp4", "--seconds", "nan"], "'nan' is no length of a video"),
-        (["generate", PROMPT, "-o", "x.mp4", "--seconds", "inf"], "'inf' is no length of a video"),
-        (["generate", PROMPT, "-o", "x.mp4", "--seconds", "1e308"], "'1e308' is no length of a video"),
-        (["generate", PROMPT, "-o", "nowhere/x.mp4", "--model", "nowhere"], "its folder does not exist"),
-        (["info", "a" * 300], "a" * 300),
-        (["generate", PROMPT, "-o", "x.mp4", "--steps", "a,b"], "'a,b' is no list of numbers"),
-        (["generate", PROMPT, "-o", "x.avi", "--model", "nowhere"], "unknown ending .avi; use .mp4, .gif"),
-        (["generate", PROMPT, "-o", "x.mp4", "--model", "nowhere"], "there is no model at nowhere"),
-        (["info", "nowhere"], "there is no model at nowhere"),
-        (["verify", "nowhere"], "nowhere has no golden case"),
-        (["export", "nowhere.pt", "-o", "bundle"], "nowhere.pt"),
-        (["export", "nowhere.pt"], "give the new bundle a folder: -o DIR"),
-        (["generate", PROMPT, "-o", "x.mp4", "--backend", "tvm"], "no backend is called 'tvm'"),
-        (["export", "nowhere.pt", "-o", "bundle", "--onnx-dtype", "int4"], "dtype 'int4' is not one of"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_commands_that_make_no_sense(run: Run, tmp_path: Path, arguments: list[str], words: str) -> None:
-    assert words in run(*arguments).complaint
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (["--height", "60"], "height 60 is not a positive multiple of 16; the nearest is 64"),
-        (["--width", "0"], "width 0 is not a positive multiple of 16"),
-        (["--window", "4"], "window 4 is smaller than chunk 3 + sink 3; make it at least 6"),
-        (["--steps", "500,750"], "do not descend"),
-        (["--steps", "1001"], "leave (0, 1000]"),
-        (["--shift", "0"], "shift is 0.0; it must be positive"),
-        (["--seed", "-1"], "seed -1 is out of range"),
-        (["--device", "cuda:99"], "there is no device cuda:99"),
-        (["--device", "toaster"], "'toaster' is no device"),
-        (["--dtype", "int3"], "'int3' is no dtype"),
-        (["--backend", "abacus"], "no backend is called 'abacus'"),
-        (["--initial", "nowhere.png"], "nowhere.png: there is no such file"),
-        (["--initial", "text.png"], "text.png"),
-        (["--width", "160000", "--height", "160000"], "GiB are free"),
-        (["-o", "nowhere/out.mp4"], "nowhere/out.mp4"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_settings_that_cannot_be(run: Run, tmp_path: Path, tiny_bundle: Path, change: list[str], words: str) -> None:
-    (tmp_path / "text.png").write_text("this is no picture")
-    complaint = run("generate", PROMPT, "-o", "out.mp4", "--model", tiny_bundle, "--chunks", 1, *change).complaint
-    assert words in complaint
-    assert os.listdir(tmp_path) == ["text.png"]
-
-
-@pytest.mark.parametrize("prompt", ["", "  \n\t"])
-def test_an_empty_prompt(run: Run, tmp_path: Path, tiny_bundle: Path, prompt: str) -> None:
-    assert "the prompt is empty" in run("generate", prompt, "-o", "out.mp4", "--model", tiny_bundle).complaint
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk(run: Run, tiny_bundle: Path) -> None:
-    Path("out.mp4").symlink_to("/dev/full")
-    complaint = run("generate", PROMPT, "-o", "out.mp4", "--model", tiny_bundle, "--chunks", 2).complaint
-    assert complaint == "cannot write out.mp4: the disk is full; free some space or write elsewhere"
-
-
-def edit(manifest: Path, change: Callable[[Any], None]) -> None:
-    data = json.loads(manifest.read_text())
-    change(data)
-    manifest.write_text(json.dumps(data))
-
-
-def flip_a_bit(bundle: Path) -> None:
-    weights = bundle / "transformer.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-
-
-def truncate(bundle: Path) -> None:
-    weights = bundle / "transformer.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-4])
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (flip_a_bit, "transformer.safetensors is damaged: its sha256 is"),
-        (truncate, "transformer.safetensors has "),
-        (lambda bundle: (bundle / "decoder.safetensors").unlink(), "decoder.safetensors is missing"),
-        (lambda bundle: (bundle / "manifest.json").unlink(), "has no manifest.json"),
-        (lambda bundle: (bundle / "manifest.json").write_text("{"), "manifest.json is not JSON"),
-        (
-            lambda bundle: edit(bundle / "manifest.json", lambda data: data.update(mood="sunny")),
-            "mood is not a known key",
-        ),
-        (lambda bundle: edit(bundle / "manifest.json", lambda data: data.update(schema_version=99)), "update sfrt"),
-    ],
-    ids=["bit", "truncated", "missing", "no manifest", "no json", "unknown key", "newer schema"],
-)
-@pytest.mark.parametrize("verb", ["generate", "info"])
-def test_a_damaged_bundle(
-    run: Run, tmp_path: Path, tiny_bundle: Path, damage: Callable[[Path], None], words: str, verb: str
-) -> None:
-    shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    damage(tmp_path / "bundle")
-    arguments = ["info", "bundle"] if verb == "info" else ["generate", PROMPT, "-o", "out.mp4", "--model", "bundle"]
-    assert words in run(*arguments).complaint
-    assert os.listdir(tmp_path) == ["bundle"]
-
-
-class Trap:
-    """A pickle that would make a file where it is loaded."""
-
-    def __reduce__(self) -> tuple[Any, tuple[str, ...]]:
-        return os.system, ("touch sprung",)
-
-
-def write_trap(path: Path) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps(Trap(), protocol=2))
-        archive.writestr("archive/version", "3\n")
-        archive.writestr("archive/byteorder", "little")
-
-
-def write_changed(path: Path, golden: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    tensors = load_file(golden / "dit" / "weights_d128h2l2.safetensors")
-    change(tensors)
-    save_file(tensors, path)
-
-
-@pytest.mark.parametrize(
-    ("name", "write", "options", "words"),
-    [
-        ("empty.pt", lambda path, golden: path.write_bytes(b""), [], ["empty.pt"]),
-        ("text.safetensors", lambda path, golden: path.write_text("hello"), [], ["text.safetensors"]),
-        ("trap.pt", lambda path, golden: write_trap(path), [], ["trap.pt"]),
-        (
-            "short.safetensors",
-            lambda path, golden: path.write_bytes(
-                (golden / "dit" / "weights_d128h2l2.safetensors").read_bytes()[:-1000]
-            ),
-            [],
-            ["short.safetensors"],
-        ),
-        (
-            "missing.safetensors",
-            lambda path, golden: write_changed(path, golden, lambda t: t.pop("blocks.1.ffn.0.weight")),
-            [],
-            ["missing.safetensors", "blocks.1.ffn.0.weight"],
-        ),
-        (
-            "extra.safetensors",
-            lambda path, golden: write_changed(path, golden, lambda t: t.update(extra=t["patch_embedding.bias"] * 1)),
-            [],
-            ["extra.safetensors", "extra"],
-        ),
-        (
-            "shape.safetensors",
-            lambda path, golden: write_changed(
-                path, golden, lambda t: t.update({"head.head.bias": t["head.head.bias"][:-1].clone()})
-            ),
-            [],
-            ["shape.safetensors", "head.head.bias"],
-        ),
-        (
-            "nan.safetensors",
-            lambda path, golden: write_changed(path, golden, lambda t: t["blocks.0.ffn.0.bias"].fill_(float("nan"))),
-            [],
-            ["nan.safetensors", "NaN"],
-        ),
-        (
-            "rolling_forcing.safetensors",
-            lambda path, golden: write_changed(path, golden, lambda t: None),
-            [],
-            ["rolling-forcing checkpoints need more than settings"],
-        ),
-        (
-            "good.safetensors",
-            lambda path, golden: write_changed(path, golden, lambda t: None),
-            ["--family", "cubism"],
-            ["no family is called 'cubism'"],
-        ),
-        (
-            "good.safetensors",
-            lambda path, golden: write_changed(path, golden, lambda t: None),
-            ["--dtype", "int3"],
-            ["'int3'"],
-        ),
-        (
-            "good.safetensors",
-            lambda path, golden: write_changed(path, golden, lambda t: None),
-            ["--taehv", "nowhere.pth"],
-            ["nowhere.pth"],
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_checkpoint_that_cannot_be_exported(
-    run: Run,
-    tmp_path: Path,
-    golden: Path,
-    name: str,
-    write: Callable[[Path, Path], object],
-    options: list[str],
-    words: list[str],
-) -> None:
-    write(tmp_path / name, golden)
-    complaint = run("export", name, "-o", "bundle", "--heads", 2, "--text-len", 24, *options).complaint
-    assert all(word in complaint for word in words), complaint
-    assert os.listdir(tmp_path) == [name]

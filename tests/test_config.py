@@ -29,6 +29,9 @@ from sfrt.errors import ConfigError
         ({"steps": (1000.0, 0.4)}, "whole numbers"),
         ({"context_noise": 1000.0}, "context noise"),
         ({"fps": 0}, "fps"),
+        ({"sampler": "best"}, "sampler cannot be 'best'; choose one of: renoise, euler"),
+        ({"positions": "relative"}, "positions cannot be 'relative'; choose one of: absolute, window"),
+        ({"refresh": None}, "refresh cannot be None; choose one of: rolling, rebuild, reencode"),
     ],
 )
 def test_impossible_streams_are_refused(settings: dict[str, Any], says: str) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from sfrt import Runtime
 from sfrt.config import StreamConfig
 from sfrt.errors import ConfigError
+from sfrt_export.export import export_checkpoint
 from sfrt_export.families import FAMILIES, family_of
 
 
@@ -32,6 +39,9 @@ from sfrt_export.families import FAMILIES, family_of
         ("longlive_models/causal_forcing.pt", "causal-forcing"),
         ("longlive_models/model.pt", "longlive"),
         ("CausVid/model.pt", "causvid"),
+        ("wan_causal_dmd_v2v/model.pt", "streamdiffusionv2"),
+        ("Infinite-Forcing/ema_model.pt", "infinite-forcing"),
+        ("krea-realtime-video-14b.safetensors", "krea"),
     ],
 )
 def test_families_by_file_name(tmp_path: Path, file: str, name: str) -> None:
@@ -55,8 +65,56 @@ def test_settings_of_the_families() -> None:
     assert (causvid.steps, causvid.warp, causvid.shift) == ((1000, 757, 522), False, 8)
     assert FAMILIES["self-forcing"].stream == FAMILIES["causal-forcing"].stream == StreamConfig()
     assert FAMILIES["causal-forcing-framewise"].stream == StreamConfig(chunk=1)
-    averaged = {"self-forcing", "causal-forcing-framewise", "causal-forcing-pp"}
+    v2v = FAMILIES["streamdiffusionv2"].stream
+    assert (v2v.chunk, v2v.window, v2v.sink) == (1, 6, 3)
+    assert (v2v.steps, v2v.warp, v2v.shift) == ((700, 500, 400, 200), False, 8)
+    infinite, krea = FAMILIES["infinite-forcing"].stream, FAMILIES["krea"].stream
+    assert infinite == StreamConfig(window=6, sink=1, positions="window")
+    assert (krea.chunk, krea.window, krea.sink, krea.shift, krea.context_noise) == (3, 6, 0, 5, 0)
+    assert (krea.steps, krea.warp) == ((1000, 937, 833, 625), False)
+    assert (krea.positions, krea.refresh) == ("window", "reencode")
+    averaged = {"self-forcing", "causal-forcing-framewise", "causal-forcing-pp", "infinite-forcing"}
     assert {name for name, family in FAMILIES.items() if family.prefer_ema} == averaged
+
+
+@pytest.fixture
+def weights(golden: Path) -> dict[str, Tensor]:
+    """A small DiT under its published names."""
+    return load_file(golden / "dit" / "weights_d128h2l2.safetensors")
+
+
+def test_infinite_forcing_as_it_is_published(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    spelled = {f"model._fsdp_wrapped_module.{name}": tensor for name, tensor in weights.items()}
+    plain = {name: torch.zeros_like(tensor) for name, tensor in spelled.items()}
+    (tmp_path / "Infinite-Forcing").mkdir()
+    file = tmp_path / "Infinite-Forcing" / "ema_model.pt"
+    torch.save({"generator": plain, "generator_ema": spelled}, file)
+    bundle = export_checkpoint(file, tmp_path / "bundle", heads=2, text_len=24)
+    assert (bundle.manifest.family, bundle.manifest.weights) == ("infinite-forcing", "generator_ema")
+    assert bundle.manifest.stream == FAMILIES["infinite-forcing"].stream
+    assert chunks_of(bundle.path, chunks=3) == 3
+
+
+def test_krea_as_it_is_published(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    """One flat safetensors file; it can be exported without a decoder, and then not streamed as it is."""
+    file = tmp_path / "krea-realtime-video-14b.safetensors"
+    save_file({f"model.{name}": tensor for name, tensor in weights.items()}, file)
+    with pytest.warns(UserWarning, match="krea sees the oldest frame in view encoded anew"):
+        bundle = export_checkpoint(file, tmp_path / "bundle", heads=2, text_len=24)
+    assert (bundle.manifest.family, bundle.manifest.weights) == ("krea", "flat")
+    assert bundle.manifest.stream == FAMILIES["krea"].stream
+    with pytest.raises(ConfigError, match="refresh is 'reencode', and this model has no decoder"):
+        chunks_of(bundle.path, chunks=1)
+    assert chunks_of(bundle.path, chunks=3, refresh="rebuild") == 3
+
+
+def chunks_of(bundle: Path, chunks: int, **settings: Any) -> int:
+    """How many chunks with finite latents a bundle streams, at a small size."""
+    runtime = Runtime(bundle, device="cpu", dtype="float32")
+    stream = replace(runtime.stream, height=32, width=32, **settings)
+    embeds = torch.randn(runtime.manifest.model.text_len, runtime.manifest.model.text_dim)
+    with runtime.session(embeds, limit=chunks, stream=stream) as session:
+        return sum(bool(chunk.latents.isfinite().all()) for chunk in session)
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.unsupported])
@@ -76,9 +134,6 @@ def test_families_that_need_more_than_settings(name: str) -> None:
         ("longlive2.pt", "longlive2", "is another model than Wan 2.1"),
         ("LongLive-2.0.pt", "longlive2", "is another model than Wan 2.1"),
         ("longlive_2_20260901.pt", "longlive2", "is another model than Wan 2.1"),
-        ("Infinite-Forcing/ema_model.pt", "infinite-forcing", "rotates them when they are read"),
-        ("krea-realtime-video-14b.safetensors", "krea", "rebuilds its cache"),
-        ("wan_causal_dmd_v2v/model.pt", "streamdiffusionv2", "starts from a source video"),
     ],
 )
 def test_unsupported_families_are_known_by_their_files(file: str, name: str, reason: str) -> None:

@@ -15,23 +15,32 @@ ROOT = Path(__file__).parent.parent
 
 # A room imports rooms of earlier lines only, and its own files.
 LAYERS = (
-    {"errors", "machine"},
+    {"errors", "machine", "nvml", "user_cache"},
     {"config", "graphs"},
-    {"ring", "timesteps", "noise", "bundle", "weights", "device", "metrics", "video"},
+    {"ring", "timesteps", "noise", "bundle", "weights", "device", "metrics", "video", "plot", "prompt_cache"},
     {"ops"},
     {"cache"},
     {"transformer", "decoders", "text"},
-    {"backends"},
+    {"prompts"},
+    {"backends", "source", "switching"},
+    {"snapshot"},
+    {"stage"},
+    {"context"},
+    {"denoising"},
     {"session"},
     {"scheduler"},
     {"runtime"},
-    {"server", "doctor"},
+    {"engine"},
+    {"server", "doctor", "benchmark"},
     {"cli"},
     {"__main__"},
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 
-NO_TORCH = {"errors", "machine", "config", "graphs", "ring", "timesteps", "bundle", "scheduler", "doctor", "cli"}
+NO_TORCH = {
+    *("errors", "machine", "nvml", "user_cache", "config", "graphs", "ring", "timesteps", "bundle", "scheduler"),
+    *("doctor", "cli"),
+}
 """Rooms that load no torch when they are imported: pure arithmetic, or the way to `sfrt --help`."""
 
 
@@ -170,10 +179,10 @@ def test_lazy_names() -> None:
 
 
 def test_the_runtime_needs_few_packages() -> None:
-    """All of sfrt but the command line imports where only torch, numpy, safetensors, tokenizers, tqdm, pillow are."""
+    """Where only torch, numpy, safetensors, tokenizers, tqdm, pillow are, all imports but command line and kernels."""
     out = run_python(
         "import sys, pkgutil, importlib\n"
-        "absent = {'av', 'click', 'flash_attn', 'onnx', 'onnxruntime', 'pynvml', 'tensorrt', 'transformers'}\n"
+        "absent = {'av', 'click', 'flash_attn', 'onnx', 'onnxruntime', 'pynvml', 'tensorrt', 'transformers', 'triton'}\n"
         "class Absent:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in absent:\n"
@@ -181,7 +190,8 @@ def test_the_runtime_needs_few_packages() -> None:
         "sys.meta_path.insert(0, Absent())\n"
         "import sfrt\n"
         "names = [m.name for m in pkgutil.walk_packages(sfrt.__path__, 'sfrt.')]\n"
-        "names = [n for n in names if n not in ('sfrt.cli', 'sfrt.__main__')]\n"
+        "kernels = ('sfrt.ops.triton_kernels.', 'sfrt.ops.cuda_kernels.')\n"
+        "names = [n for n in names if n not in ('sfrt.cli', 'sfrt.__main__') and not n.startswith(kernels)]\n"
         "for name in names:\n"
         "    importlib.import_module(name)\n"
         "print(len(names))"

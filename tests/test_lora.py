@@ -162,6 +162,9 @@ def test_where_alpha_is_said(tmp_path: Path, base_file: Path, pairs: Pairs) -> N
     assert scale(peft_folder(folder, pairs, use_rslora=True)) == 1, "2 / √4"
     torch.save(trainers(pairs, 8.0, str), folder / "other.pt")
     assert scale(folder / "other.pt") == 2, "what a file says of itself is nearer than what lies beside it"
+    for path, names in ((folder, ["adapter_model.safetensors", "adapter_config.json"]), (file, ["lora.pt"])):
+        assert [read.name for read in load(path, base_file).files] == names, "all that was read, to be hashed"
+    assert load(folder / "other.pt", base_file).files == (folder / "other.pt",)
 
 
 def test_a_convolution(tmp_path: Path, golden_weights: Tensors, golden_rollout: Callable[..., float]) -> None:

@@ -78,7 +78,7 @@ def test_every_ring_gives_torchs_flow(stream: StreamConfig, weights: dict[str, t
     flows: dict[str, list[torch.Tensor]] = {}
     for backend in ("torch", "onnx"):
         generator = torch.Generator().manual_seed(1)
-        with transformer_on(backend, SMALL, dict(weights), CPU, torch.float32) as running:
+        with transformer_on(backend, SMALL, dict(weights), CPU, torch.float32, stream) as running:
             rollout = running.rollout(grid, ring, sizes, (700.0, 0.0))
             rollout.set_text(torch.randn(SMALL.text_len, SMALL.text_dim, generator=generator))
             flows[backend] = []
@@ -90,6 +90,26 @@ def test_every_ring_gives_torchs_flow(stream: StreamConfig, weights: dict[str, t
                 rollout.refresh(tokens, 0.0)
     for ours, theirs in zip(flows["onnx"], flows["torch"], strict=True):
         assert relative_error(ours, theirs) <= 1e-5
+
+
+def test_step_is_refresh_and_flow_in_one(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """For other runtimes; sfrt runs the two."""
+    grid, stream = Grid.of(SMALL, StreamConfig(height=32, width=48)), StreamConfig(height=32, width=48, window=6)
+    runner = OnnxRunner(_write(tmp_path, SMALL, weights), CPU, torch.float32)
+    rollout = ExportedBackend(runner, SMALL).rollout(grid, ring_for(stream), chunk_sizes(stream), (700.0, 0.0))
+    rollout.set_text(torch.randn(SMALL.text_len, SMALL.text_dim))
+    tokens = torch.randn(2, 3 * grid.tokens, SMALL.token_dim)
+    rollout.place(ring_for(stream).plan(0, 3))
+    rollout.refresh(tokens[0], 0.0)
+    rollout.place(ring_for(stream).plan(3, 3))
+    inputs = rollout._buffers.pass_inputs(len(tokens[1]), masked=False)
+    at_first = {name: tensor.clone() for name, tensor in inputs.items()}
+    flow = rollout.flow(tokens[1], 700.0)
+    after = {name: tensor.clone() for name, tensor in rollout._buffers.rings_out().items()}
+    step = {**at_first, graphs.TOKENS: tokens[1], graphs.STEP: torch.tensor(0)}
+    found = runner.call("step", step)
+    assert found.keys() == {graphs.FLOW, *after}
+    assert all(torch.equal(found[name], wanted) for name, wanted in {graphs.FLOW: flow, **after}.items())
 
 
 IN_PLACE = """
@@ -111,15 +131,16 @@ rings, others = dict(zip(keys, memory)), dict(zip(keys, memory[len(keys):]))
 before = {{key: ring.clone() for key, ring in rings.items()}}
 inputs = {{
     graphs.TOKENS: torch.randn(tokens, {token_dim}), graphs.STEP: torch.tensor(0),
-    graphs.MODULATION_BLOCKS: torch.randn(1, 6 * layers, {dim}), graphs.MODULATION_HEAD: torch.randn(1, 2, {dim}),
+    graphs.MODULATION_BLOCKS: torch.randn(1, 6 * layers, {dim}),
     graphs.ROTARY_COS: torch.ones(1, tokens, d // 2), graphs.ROTARY_SIN: torch.zeros(1, tokens, d // 2),
     graphs.WRITE_AT: torch.tensor([chunk * tokens]), graphs.VALID: torch.tensor([ring]),
     **{{graphs.ring_in(*key): ring for key, ring in rings.items()}},
     **{{graphs.text(*key): torch.randn(1, heads, {text_len}, d) for key in rings}},
 }}
 results = rings if where == "in place" else others
-outputs = {{graphs.FLOW: torch.empty(tokens, {token_dim}), **{{graphs.ring_out(*k): r for k, r in results.items()}}}}
-run = OnnxRunner(folder, torch.device("cpu"), torch.float32).bind("step", inputs, outputs)
+left = {{name: torch.empty(tokens, {dim}) for name in (graphs.HIDDEN, graphs.QUERIES)}}
+outputs = {{**left, **{{graphs.ring_out(*k): r for k, r in results.items()}}}}
+run = OnnxRunner(folder, torch.device("cpu"), torch.float32).bind("refresh", inputs, outputs)
 protect = ctypes.CDLL(None, use_errno=True).mprotect
 for tensor in results.values():
     for head in range(heads):
@@ -264,13 +285,25 @@ def test_export_writes_graphs_in_float32_and_as_stored(exported: Path) -> None:
             assert (exported / graphs.graph_file(name, dtype)).stat().st_size < 200e3, "no weights in it"
 
 
+@pytest.mark.parametrize("masked", ["", "_masked"])
+def test_the_graphs_of_a_stream_have_no_weights_in_common(exported: Path, masked: str) -> None:
+    """Each is in memory once, in one session."""
+    seen: set[str] = set()
+    for name in (f"refresh{masked}", f"flow{masked}", "modulation", "text_kv"):
+        graph = onnx.load(exported / f"{name}.float32.onnx", load_external_data=False).graph
+        weights = {tensor.name for tensor in graph.initializer if tensor.external_data}
+        assert weights and not weights & seen
+        seen |= weights
+    assert seen == load_file(exported / "transformer.safetensors").keys()
+
+
 def test_a_damaged_graph_is_found_before_it_runs(exported: Path, tmp_path: Path) -> None:
     shutil.copytree(exported, tmp_path / "model")
-    file = tmp_path / "model" / "step.float32.onnx"
+    file = tmp_path / "model" / "refresh.float32.onnx"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(BundleError, match=r"step\.float32\.onnx is damaged"):
+    with pytest.raises(BundleError, match=r"refresh\.float32\.onnx is damaged"):
         Runtime(tmp_path / "model", device="cpu", backend="onnx")
 
 

@@ -111,13 +111,13 @@ def test_decoded_chunk_by_chunk(parts: dict[str, Part], name: str, chunks: tuple
 def test_wan_vae_encoded(parts: dict[str, Part]) -> None:
     part = parts["wan_vae"]
     clip = (part.golden["encode_pixels"].movedim(1, 2) + 1) / 2
-    assert relative_error(part.decoder.encode(clip), part.golden["encode_latents"]) <= 1e-4
+    assert relative_error(part.decoder.encode(clip)[0], part.golden["encode_latents"]) <= 1e-4
 
 
 def test_taehv_encoded(parts: dict[str, Part]) -> None:
     """The golden clip has whole groups of four frames, as a later chunk has, behind blank memory."""
     part = parts["taehv"]
-    latents = part.decoder.encode_groups(part.golden["encode_pixels"])
+    latents, _ = part.decoder.encode_groups(part.golden["encode_pixels"])
     assert relative_error(latents, part.golden["encode_latents"]) <= 1e-4
 
 
@@ -126,8 +126,20 @@ def test_taehv_encoded(parts: dict[str, Part]) -> None:
 def test_clips_of_any_length_are_encoded_as_by_torch(parts: dict[str, Part], name: str, frames: int) -> None:
     part = parts[name]
     clip = torch.rand(1, frames, 3, 16, 24, generator=torch.Generator().manual_seed(frames))
-    latents = load_decoder(part.config, dict(part.weights), CPU, torch.float32).encode(clip)
-    assert relative_error(part.decoder.encode(clip), latents) <= 1e-4
+    latents, _ = load_decoder(part.config, dict(part.weights), CPU, torch.float32).encode(clip)
+    assert relative_error(part.decoder.encode(clip)[0], latents) <= 1e-4
+
+
+@pytest.mark.parametrize("chunks", [(1, 4, 4, 16), (9, 12, 4)])
+@pytest.mark.parametrize("name", ["taehv", "wan_vae"])
+def test_encoded_chunk_by_chunk(parts: dict[str, Part], name: str, chunks: tuple[int, ...]) -> None:
+    part, state, encoded = parts[name], None, []
+    clip = torch.rand(1, 25, 3, 16, 24, generator=torch.Generator().manual_seed(25))
+    for pixels in clip.split(chunks, dim=1):
+        latents, state = part.decoder.encode(pixels, state)
+        encoded.append(latents)
+    assert [latents.shape[1] for latents in encoded] == [(chunks[0] + 3) // 4, *(chunk // 4 for chunk in chunks[1:])]
+    torch.testing.assert_close(torch.cat(encoded, dim=1), part.decoder.encode(clip)[0], rtol=0, atol=1e-5)
 
 
 def test_golden_prompts(parts: dict[str, Part]) -> None:

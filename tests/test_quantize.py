@@ -31,8 +31,9 @@ from sfrt.ops.quantized_linear import FLOAT8, LARGEST, QuantizedLinear, quantize
 from sfrt.ring import chunk_sizes, ring_for
 from sfrt.transformer import Transformer
 from sfrt_export import gate as gate_module
-from sfrt_export.export import export_checkpoint, quantize_bundle
+from sfrt_export.export import export_checkpoint
 from sfrt_export.quantize import quantizable
+from sfrt_export.quantized_bundle import quantize_bundle
 from sfrt_export.verify import relative_error
 
 GOLDEN = Path(__file__).parent / "golden" / "dit"
@@ -270,7 +271,15 @@ def test_graphs_are_valid_and_tensorrt_takes_their_operators(
         kinds = [node.op_type for node in graph.graph.node]
         pairs = kinds.count("QuantizeLinear")
         weights = kinds.count("DequantizeLinear") - pairs
-        layers = {"step": 12, "step_masked": 12, "refresh": 7, "refresh_masked": 7, "text_kv": 2, "modulation": 0}[name]
+        layers = {
+            "refresh": 7,
+            "refresh_masked": 7,
+            "flow": 5,
+            "flow_masked": 5,
+            "step": 12,
+            "text_kv": 2,
+            "modulation": 0,
+        }[name]
         assert (weights, pairs) == (layers, layers if method == "float8-static" else 0), name
 
 
@@ -337,9 +346,19 @@ def test_the_command_line(tmp_path: Path, tiny_bundle: Path) -> None:
     status, output = run("export", WEIGHTS, "-o", tmp_path / "model", *known, "--quantize", "int8")
     assert status == 0 and "int8, 14 layers; off by 0." in output and "most by blocks." in output
     assert "quantised" in run("info", tmp_path / "model")[1] and "quantised" not in run("info", tiny_bundle)[1]
-    for arguments in ((), ("--quantize", "int8", "--shift", 3)):
+    for arguments, told in (
+        ((), "is a bundle: give --quantize with -o DIR"),
+        (("--quantize", "int8", "--heads", 2), "is a bundle: give --quantize with -o DIR"),
+        (("--quantize", "int8", "--shift", 3), "--shift says nothing without --tensorrt"),
+        (("--quantize", "int8", "--dtype", "float16"), "--dtype says nothing without --tensorrt"),
+    ):
         status, output = run("export", tiny_bundle, "-o", tmp_path / "no", *arguments)
-        assert status == 2 and "is a bundle: give --quantize with -o DIR" in output
+        assert status == 2 and told in output
+    for source in (tiny_bundle, WEIGHTS):
+        status, output = run(
+            "export", source, "--tensorrt", "--force", *(() if source == tiny_bundle else ("-o", "no"))
+        )
+        assert status == 2 and "--force says nothing without --quantize" in output
     with pytest.raises(ConfigError, match="no quantisation is called 'int4'; choose one of: int8, float8, float8-st"):
         export(tmp_path / "no", "int4")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="say how to quantise it"):

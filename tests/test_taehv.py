@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sfrt.config import TaehvConfig
-from sfrt.decoders.taehv import Taehv
+from sfrt.decoders.taehv import Taehv, _run
 from sfrt_export.verify import relative_error, seeded_weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -41,7 +41,7 @@ def test_golden(dtype: torch.dtype, tolerance: float) -> None:
     model, tensors = published(dtype), load_file(GOLDEN / "taehv/tensors.safetensors")
     with torch.inference_mode():
         pixels, _ = model.decode(tensors["latents"].to(dtype))
-        latents = model.encode_groups(tensors["encode_pixels"].to(dtype))
+        latents, _ = model.encode_groups(tensors["encode_pixels"].to(dtype))
     assert pixels.shape == tensors["pixels"].shape and latents.shape == tensors["encode_latents"].shape
     assert relative_error(pixels, tensors["pixels"]) <= tolerance
     assert relative_error(latents, tensors["encode_latents"]) <= tolerance
@@ -54,7 +54,7 @@ def test_bfloat16_agrees_before_the_pixels_are_cut() -> None:
     with torch.inference_mode():
         reference, _ = exact.decode_unclamped(tensors["latents"])
         pixels, _ = rounded.decode_unclamped(tensors["latents"].bfloat16())
-        latents = rounded.encode_groups(tensors["encode_pixels"].bfloat16())
+        latents, _ = rounded.encode_groups(tensors["encode_pixels"].bfloat16())
     assert relative_error(pixels, reference) <= 2e-2
     assert relative_error(latents, tensors["encode_latents"]) <= 2e-2
 
@@ -78,6 +78,19 @@ def test_chunks_decode_to_the_whole(narrow: Taehv, chunks: tuple[int, ...]) -> N
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunks", [(9, 12, 4), (1, 4, 20), (5, 20), (25,)])
+def test_chunks_encode_to_the_whole(narrow: Taehv, chunks: tuple[int, ...]) -> None:
+    pixels = torch.rand(2, sum(chunks), 3, 16, 24, generator=torch.Generator().manual_seed(1))
+    by_hand = torch.cat((pixels[:, :1].expand(-1, 3, -1, -1, -1), pixels), dim=1)
+    whole, _ = _run(narrow.encoder, by_hand, None)
+    state, parts = None, []
+    for chunk in pixels.split(chunks, dim=1):
+        latents, state = narrow.encode(chunk, state)
+        parts.append(latents)
+    assert [part.shape[1] for part in parts] == [(chunks[0] + 3) // 4, *(frames // 4 for frames in chunks[1:])]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
+
+
 def test_no_frame_depends_on_a_later_one(narrow: Taehv) -> None:
     latents = torch.randn(1, 4, 6, 2, 2, generator=torch.Generator().manual_seed(2))
     later = latents.clone()
@@ -89,9 +102,9 @@ def test_no_frame_depends_on_a_later_one(narrow: Taehv) -> None:
 
 def test_encode_lets_the_first_frame_fill_its_latent_frame(narrow: Taehv) -> None:
     pixels = torch.rand(1, 9, 3, 16, 24, generator=torch.Generator().manual_seed(3))
-    latents = narrow.encode(pixels)
+    latents, _ = narrow.encode(pixels)
     assert latents.shape == (1, 3, 6, 2, 3)
-    by_hand = narrow.encode_groups(torch.cat((pixels[:, :1], pixels[:, :1], pixels[:, :1], pixels), dim=1))
+    by_hand, _ = narrow.encode_groups(torch.cat((pixels[:, :1], pixels[:, :1], pixels[:, :1], pixels), dim=1))
     torch.testing.assert_close(latents, by_hand)
 
 

@@ -24,6 +24,7 @@ from sfrt.backends.loading import transformer_of
 from sfrt.backends.tensorrt.library import require_tensorrt
 from sfrt.backends.tensorrt.plans import (
     FOLDER,
+    Origin,
     PlanInfo,
     Target,
     map_engine,
@@ -85,7 +86,7 @@ def copied(bundle: Bundle, tmp_path: Path) -> Bundle:
     return Bundle.open(shutil.copytree(bundle.path, tmp_path / "tiny"), verify=False)
 
 
-def drawn(bundle: Bundle, graph: str = "step") -> tensorrt_plan.Blueprint:
+def drawn(bundle: Bundle, graph: str = "refresh") -> tensorrt_plan.Blueprint:
     return next(b for b in draw(bundle, SETTINGS, HERE) if b.info.graph == graph)
 
 
@@ -94,7 +95,7 @@ def drawn(bundle: Bundle, graph: str = "step") -> tensorrt_plan.Blueprint:
 
 def plan_info(**changes: Any) -> PlanInfo:
     plain = PlanInfo(
-        graph="step",
+        graph="refresh",
         dtype="float32",
         target=HERE,
         graph_sha256="a" * 64,
@@ -116,7 +117,7 @@ def test_a_plan_file_says_what_it_is(tmp_path: Path) -> None:
 
 def test_names_tell_all_but_weights_apart() -> None:
     others = [
-        plan_info(graph="refresh"),
+        plan_info(graph="flow"),
         plan_info(dtype="float16"),
         plan_info(graph_sha256="c" * 64),
         plan_info(profiles=({"ring": (12, 12, 12)},)),
@@ -153,7 +154,7 @@ def test_a_plan_is_written_whole_or_not_at_all(tmp_path: Path, error: BaseExcept
     [
         ({"target": replace(HERE, gpu="another GPU")}, "was built for another GPU .* and here is GPU of this test"),
         ({"target": replace(HERE, tensorrt="11.3.0.99")}, "with TensorRT 11.3.0.99, and here is"),
-        ({"graph_sha256": "0" * 64}, "was built from another step.float32.onnx than the bundle's"),
+        ({"graph_sha256": "0" * 64}, "was built from another refresh.float32.onnx than the bundle's"),
         ({"weights_sha256": "0" * 64}, "holds other weights than the bundle's transformer.safetensors"),
     ],
 )
@@ -161,11 +162,11 @@ def test_a_plan_for_something_else_is_refused(copied: Bundle, changes: dict[str,
     info = drawn(copied).info
     write_plan(copied.path / FOLDER, replace(info, **changes), memoryview(b"engine"))
     with pytest.raises(BundleError, match=reason + ".*; build plans on this machine: sfrt export"):
-        usable_plans(copied, "step", "float32", HERE)
+        usable_plans(Origin.of(copied), "refresh", "float32", HERE)
     fitting = write_plan(copied.path / FOLDER, info, memoryview(b"engine"))
-    assert set(usable_plans(copied, "step", "float32", HERE)) == {fitting}
-    with pytest.raises(BundleError, match="has no TensorRT plan of refresh in float32"):
-        usable_plans(copied, "refresh", "float32", HERE)
+    assert set(usable_plans(Origin.of(copied), "refresh", "float32", HERE)) == {fitting}
+    with pytest.raises(BundleError, match="has no TensorRT plan of flow in float32"):
+        usable_plans(Origin.of(copied), "flow", "float32", HERE)
 
 
 def test_a_short_stream_runs_in_a_longer_ring() -> None:
@@ -217,16 +218,44 @@ def test_without_tensorrt_one_sentence_and_nothing_written(copied: Bundle, monke
     Bundle.open(copied.path)
 
 
-@pytest.mark.parametrize("wrong", [{"optimization": 6}, {"workspace": 0}])
-def test_impossible_settings(wrong: dict[str, int]) -> None:
+@pytest.mark.parametrize("wrong", [{"optimization": 6}, {"workspace": 0}, {"frames": 0}, {"dtype": "int4"}])
+def test_impossible_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        PlanSettings(**wrong)  # type: ignore[arg-type]
+        PlanSettings(**wrong)
+
+
+def test_what_cannot_be_is_said_without_a_gpu(bundle: Bundle, tiny_bundle: Path) -> None:
+    endless = replace(bundle.manifest.stream, window=None, sink=0)
+    for at, settings, told in (
+        (bundle, PlanSettings(stream=endless), r"say how many \(--frames N\), or give it a window"),
+        (bundle, PlanSettings(dtype="float16"), "has graphs in float32 only; .* --onnx-dtype float16"),
+        (Bundle.open(tiny_bundle), PlanSettings(), "has no ONNX graphs to build plans from"),
+    ):
+        with pytest.raises((BundleError, ConfigError), match=told):
+            build_plans(at, settings=settings, device="cpu")
+    with pytest.raises(DeviceError, match="on an NVIDIA GPU"):
+        build_plans(bundle, settings=PlanSettings(stream=endless, frames=12), device="cpu")
+
+
+def test_plans_are_for_the_stream_asked_for(bundle: Bundle) -> None:
+    def sizes(**changes: Any) -> tuple[Any, ...]:
+        stream = replace(bundle.manifest.stream, sink=0, **changes)
+        of = {b.info.graph: b.info for b in draw(bundle, PlanSettings(stream=stream, frames=12), HERE)}
+        assert {info.dtype for info in of.values()} == {"float32"}
+        return of["refresh"].profiles[0]["ring"][0], of["decoder"].profiles[0]["height"][0], of["decoder"].file
+
+    frame = 2 * 3  # 32 × 48 pixels
+    assert sizes()[:2] == (9 * frame, 4)
+    assert sizes(window=6)[:2] == (6 * frame, 4)
+    assert sizes(window=None)[:2] == (12 * frame, 4), "as long as the stream"
+    assert sizes(height=64)[:2] == (2 * 9 * frame, 8)
+    assert sizes(window=6)[2] == sizes()[2] != sizes(height=64)[2], "a decoder knows of no window"
 
 
 def test_a_damaged_graph_is_not_built_from(copied: Bundle) -> None:
-    file = copied.path / "step.float32.onnx"
+    file = copied.path / "refresh.float32.onnx"
     file.write_bytes(bytes([*file.read_bytes()[:-1], 0xFF]))
-    with pytest.raises(BundleError, match=r"step.float32.onnx is damaged"):
+    with pytest.raises(BundleError, match=r"refresh.float32.onnx is damaged"):
         drawn(copied)
 
 
@@ -276,7 +305,7 @@ def test_a_plan_that_is_there_is_kept(copied: Bundle) -> None:
 
 
 def test_ctrl_c_asks_the_builder_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    with tensorrt_plan._monitor(FakeTensorrt(), "step", shown=False) as monitor:
+    with tensorrt_plan._monitor(FakeTensorrt(), "refresh", shown=False) as monitor:
         monitor.phase_start("build", None, 2)
         monitor.phase_start("tactics", "build", 3)
         assert monitor.step_complete("tactics", 0)
@@ -323,7 +352,7 @@ def test_passes_are_bound_once_and_captured_when_the_ring_is_full() -> None:
     filling = ["bind profile 1", *["run profile 1"] * 5]
     assert runner.did == [*filling, "bind profile 0", *["run profile 0"] * 16, "capture profile 0", "replay", "replay"]
     valid.fill_(7)
-    with pytest.raises(BundleError, match=r"no profile of the plan of step serves \{'valid': 7\}"):
+    with pytest.raises(BundleError, match=r"no profile of the plan of refresh serves \{'valid': 7\}"):
         run()
 
 
@@ -416,12 +445,12 @@ def test_plans_of_every_graph_against_onnx_runtime(copied: Bundle) -> None:
     settings = replace(SETTINGS, parts=parts, optimization=1)
     build_plans(copied, settings=settings, progress=False)
     device = torch.device("cuda", torch.cuda.current_device())
-    planned = PlanRunner(copied, device, "float32")
+    planned = PlanRunner(Origin.of(copied), device, "float32")
     expected = OnnxRunner(copied.path, CPU, torch.float32)
     generator = torch.Generator().manual_seed(0)
     for blueprint in draw(copied, settings, planned.target):
         info, feeds = blueprint.info, {}
-        if graphs.TOKENS in {value.name for value in blueprint.model.graph.input}:
+        if graphs.STEP in {value.name for value in blueprint.model.graph.input}:
             continue  # test_golden_model_in_plans runs these, in their rings
         model = onnx.load(blueprint.graph_path, load_external_data=False)
         for value in model.graph.input:

@@ -54,7 +54,7 @@ def test_the_parser_takes_every_graph(manifest: Manifest, tiny_bundle: Path, tmp
 
 
 def test_as_exported_rings_would_be_refused(manifest: Manifest, tiny_bundle: Path) -> None:
-    found = refusals(dict(onnx_graph.transformer_graphs(manifest.model, tiny_bundle, "float32"))["step"])
+    found = refusals(dict(onnx_graph.transformer_graphs(manifest.model, tiny_bundle, "float32"))["refresh"])
     assert any("nonpad_kv_seqlen" in reason for reason in found)
     assert any("the length of the cache must be a number" in reason for reason in found)
 
@@ -90,7 +90,7 @@ def test_a_refusal_names_the_reason(model: Any, reason: str | None) -> None:
     assert found == [] if reason is None else any(reason in one for one in found), found
 
 
-@pytest.mark.parametrize("graph", ["step", "refresh"])
+@pytest.mark.parametrize("graph", ["refresh", "flow"])
 def test_slices_of_the_ring_compute_the_same(
     manifest: Manifest, tiny_bundle: Path, tmp_path: Path, graph: graphs.GraphName
 ) -> None:
@@ -109,7 +109,8 @@ def test_slices_of_the_ring_compute_the_same(
     chunk, room = sizes.chunk * sizes.frame, sizes.ring * sizes.frame
     feeds = random_inputs(exported, {"tokens": chunk, "ring": room, "steps": 2})
     for valid in range(chunk, room + 1, chunk):
-        feeds = {**feeds, "step": np.array(1), "valid": np.array([valid]), "write_at": np.array([valid - chunk])}
+        places = {"step": np.array(1), "valid": np.array([valid]), "write_at": np.array([valid - chunk])}
+        feeds = {name: places.get(name, value) for name, value in feeds.items()}
         for expected, got in zip(*(session.run(None, feeds) for session in sessions), strict=True):
             assert np.allclose(expected, got, atol=1e-5)
 
@@ -129,7 +130,7 @@ def test_profiles_serve_every_pass(chunk: int, more: int, sink: int, any_start: 
     sizes = StreamSizes.of(ModelConfig(), stream, any_start=any_start)
     starts = range(1, chunk + 1) if any_start else [first]
     blocks = BlockRing(ring_for(stream), ChunkSizes(data.draw(st.sampled_from(starts)), chunk))
-    graph: graphs.GraphName = "step_masked" if blocks.has_holes else "step"
+    graph: graphs.GraphName = "refresh_masked" if blocks.has_holes else "refresh"
     assert graph in sizes.passes()
     info = PlanInfo(
         graph=graph,
@@ -154,7 +155,7 @@ def test_profiles_serve_every_pass(chunk: int, more: int, sink: int, any_start: 
 def test_weights_of_another_dtype_are_seen(manifest: Manifest, tiny_bundle: Path) -> None:
     """They are stored in float32 here."""
     for dtype in DTYPES:
-        model = dict(onnx_graph.transformer_graphs(manifest.model, tiny_bundle, dtype))["step"]
+        model = dict(onnx_graph.transformer_graphs(manifest.model, tiny_bundle, dtype))["refresh"]
         assert casts_weights(model) is (dtype != "float32")
 
 
@@ -166,6 +167,6 @@ def test_a_stream_without_end_needs_a_limit() -> None:
 
 
 def test_a_size_nobody_gives(manifest: Manifest, tiny_bundle: Path) -> None:
-    model = dict(onnx_graph.transformer_graphs(manifest.model, tiny_bundle, "float32"))["step"]
+    model = dict(onnx_graph.transformer_graphs(manifest.model, tiny_bundle, "float32"))["refresh"]
     with pytest.raises(ConfigError, match="has a size 'tokens' that no stream setting gives"):
         own_profiles(model, ({"steps": (1, 1, 1)},))

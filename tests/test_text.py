@@ -1,4 +1,4 @@
-"""sfrt/text.py: UMT5 parity, gradients, tokenizer, prompt cleaning and the prompt cache."""
+"""sfrt/text.py: UMT5 parity, gradients, tokenizer and prompt cleaning."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def text_encoder(tokenizer_file: Path) -> TextEncoder:
     torch.manual_seed(0)
-    return TextEncoder(Tokenizer(tokenizer_file, text_len=12), Umt5Encoder(TINY), cache_size=2)
+    return TextEncoder(Tokenizer(tokenizer_file, text_len=12), Umt5Encoder(TINY))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -173,21 +173,6 @@ def test_encode_pads_with_zeros_and_matches_a_padded_batch(text_encoder: TextEnc
         assert out.shape == (12, 16) and not out.requires_grad
         assert torch.allclose(out[:length], reference[row, :length], atol=1e-5)
         assert not out[length:].any()
-
-
-def test_the_latest_prompts_are_kept(text_encoder: TextEncoder) -> None:
-    runs: list[int] = []
-    text_encoder.encoder.register_forward_hook(lambda *_: runs.append(1))
-    red = text_encoder.encode("a red circle")
-    assert text_encoder.encode("  a red\ncircle ") is red, "the same words must not be computed again"
-    text_encoder.encode("blue")
-    text_encoder.encode("a red circle")  # now the newer of the two that are kept
-    text_encoder.encode("square")  # pushes "blue" out
-    assert len(runs) == 3
-    text_encoder.encode("a red circle")
-    assert len(runs) == 3
-    text_encoder.encode("blue")
-    assert len(runs) == 4
 
 
 def test_tokenizer_larger_than_the_encoder(tokenizer_file: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfrt.config import StreamConfig
-from sfrt.timesteps import sigma_at, sigma_table, steps_of, timesteps_of, warp
+from sfrt.timesteps import opening, sigma_at, sigma_table, steps_of, timesteps_of, warp
 
 TABLES = json.loads((Path(__file__).parent / "golden" / "schedule.json").read_text())
 
@@ -37,6 +37,24 @@ def test_the_first_chunk_may_have_its_own_steps() -> None:
     assert len(steps_of(config, first_chunk=True)) == 4
     assert len(steps_of(config)) == 2
     assert len(timesteps_of(config)) == 5, "shared timesteps count once, the refresh pass is there"
+
+
+def test_strength_is_where_the_steps_start() -> None:
+    steps = steps_of(StreamConfig(), strength=0.7)
+    assert [step.timestep for step in steps] == pytest.approx([700, 625]), "937.5 and 833.3 lie above it"
+    assert [(step.sigma, step.next_sigma) for step in steps] == [(0.7, 0.625), (0.625, 0.0)]
+    assert [step.timestep for step in steps_of(StreamConfig(), strength=0.1)] == pytest.approx([100])
+    assert steps_of(StreamConfig(), strength=1.0) == steps_of(StreamConfig())
+    assert opening(steps[0]).next_sigma == 0.7, "latents under noise stand where the first step starts"
+
+
+@given(st.floats(1e-3, 1.0), st.sampled_from([StreamConfig(), StreamConfig(steps=(700, 200), warp=False, shift=8.0)]))
+def test_steps_of_any_strength_chain_down_to_the_picture(strength: float, config: StreamConfig) -> None:
+    steps = steps_of(config, first_chunk=True, strength=strength)
+    assert steps[0].sigma == strength
+    assert [step.next_sigma for step in steps] == [*(step.sigma for step in steps[1:]), 0.0]
+    assert all(step.next_sigma < step.sigma for step in steps)
+    assert {step.timestep for step in steps} <= set(timesteps_of(config, strength))
 
 
 def test_unwarped_steps_stay_as_listed() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,13 +14,15 @@ import torch
 
 from sfrt.backends import Grid
 from sfrt.cache import KVCache
-from sfrt.config import ModelConfig, StreamConfig, TaehvConfig, Umt5Config
-from sfrt.errors import BundleError
+from sfrt.config import StreamConfig
+from sfrt.errors import BundleError, ConfigError
+from sfrt.ops.choice import torch_ops
+from sfrt.ops.layout import latents_from_tokens, tokens_from_latents
 from sfrt.ring import ring_for
 from sfrt.text import Tokenizer
 from sfrt.transformer import TextKV, rotary_phases
-from sfrt_train import autoencoder, evaluate, export, flow, reading
-from sfrt_train.clips import Clips
+from sfrt_train import autoencoder, evaluate, export, pairs, self_forcing
+from sfrt_train.clips import Prompts
 from sfrt_train.data import (
     COLOURS,
     DIRECTIONS,
@@ -33,31 +35,21 @@ from sfrt_train.data import (
     say,
     split_scenes,
 )
+from sfrt_train.forcing import ClipPass
 from sfrt_train.loop import weights_of
+from sfrt_train.model import VideoModel, trained_model
 from sfrt_train.reader import motion_of, read_scene
-from sfrt_train.settings import AutoencoderSettings, FlowSettings, ReadingSettings, Settings
+from sfrt_train.settings import Loss, Settings
+from sfrt_train.stages import STAGES
 from sfrt_train.vocabulary import make_tokenizer
-
-MICRO = Settings(
-    transformer=ModelConfig(
-        dim=32, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=32, text_dim=32, text_len=24, latent_channels=4
-    ),
-    taehv=TaehvConfig(latent_channels=4, encoder_width=8, decoder_widths=(12, 8, 8, 8)),
-    text=Umt5Config(
-        vocab_size=384, dim=32, dim_attn=32, dim_ffn=32, num_heads=2, num_layers=1, num_buckets=8, max_distance=16
-    ),
-    autoencoder=AutoencoderSettings(steps=40, batch_frames=4, lengths=(2,), warmup=3),
-    reading=ReadingSettings(steps=40, batch=8, warmup=3),
-    flow=FlowSettings(steps=40, batch_chunks=20, lengths=(3, 1), clips=8, chunks=3, warmup=3),
-)
+from tests.recipe import MICRO, train
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the micro recipe ran through."""
+    """A folder in which the micro recipe ran through, the baselines too."""
     folder = tmp_path_factory.mktemp("micro")
-    for stage in (autoencoder, reading, flow):
-        stage.train(MICRO, folder, "cpu")
+    train(folder, *STAGES)
     return folder
 
 
@@ -145,24 +137,38 @@ def test_every_sentence_fits_the_tokenizer(tmp_path: Path) -> None:
         assert len(ids) < MICRO.transformer.text_len and unknown not in ids
 
 
-@pytest.mark.parametrize("name", [autoencoder.NAME, reading.NAME, flow.NAME])
-def test_the_loss_falls(trained: Path, name: str) -> None:
-    model = weights_of(trained, name)
+def test_a_late_clip_begins_where_a_longer_one_is_by_then() -> None:
+    scene = [Scene("red", "circle", "circling", "white")]
+    whole, late = make_clip(rng(5), scene, chunks=4), make_clip(rng(5), scene, chunks=2, skip=24)
+    torch.testing.assert_close(late.pixels, whole.pixels[24 : 24 + len(late.pixels)])
+
+
+FALLING = {
+    "self_forcing": "critic loss",  # the value of the generator's own loss says nothing: see tests/test_train_judging
+    "naive_rolling": "critic loss",
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_loss_falls(trained: Path, stage: str) -> None:
+    model = weights_of(trained, stage)
     assert all(value.isfinite().all() for value in model.values())
-    with (trained / f"{name}.csv").open() as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    with (trained / f"{stage}.csv").open() as file:
+        losses = [float(row[FALLING.get(stage, "loss")]) for row in csv.DictReader(file)]
     assert losses[-1] < losses[0]
+    assert (trained / f"{stage}.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("stage", [autoencoder, reading, flow], ids=lambda stage: stage.NAME)
-def test_a_resumed_run_ends_where_an_unbroken_one_does(trained: Path, tmp_path: Path, stage: ModuleType) -> None:
-    name, train = stage.NAME, stage.train
-    if name == flow.NAME:
-        for before in (autoencoder, reading):
-            before.train(MICRO, tmp_path, "cpu")
-    train(MICRO, tmp_path, "cpu", until=27)
-    train(MICRO, tmp_path, "cpu")
-    unbroken, resumed = weights_of(trained, name), weights_of(tmp_path, name)
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "naive_rolling"])
+def test_a_resumed_run_ends_where_an_unbroken_one_does(trained: Path, tmp_path: Path, stage: str) -> None:
+    for earlier in trained.glob("*.*"):
+        if earlier.stem != stage:
+            shutil.copy(earlier, tmp_path)
+    shutil.copytree(trained / "pairs", tmp_path / "pairs")
+    half = 4 if stage == "self_forcing" else 27
+    STAGES[stage](MICRO, tmp_path, "cpu", until=half)
+    STAGES[stage](MICRO, tmp_path, "cpu")
+    unbroken, resumed = weights_of(trained, stage), weights_of(tmp_path, stage)
     for key, value in unbroken.items():
         torch.testing.assert_close(resumed[key], value, rtol=0, atol=0)
 
@@ -171,28 +177,105 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(trained: Path, tmp_path: 
 def test_teacher_forcing_computes_what_streaming_computes(window: int, sink: int) -> None:
     """One pass over [clean | noisy] chunks against one chunk after another, the clean ones refreshed into the ring."""
     settings = replace(MICRO, stream=StreamConfig(window=window, sink=sink, height=32, width=48))
-    torch.manual_seed(5)
-    model = flow.FlowModel(settings).requires_grad_(False)
-    torch.nn.init.normal_(model.transformer.head.linear.weight)
+    model, prompts = _random_model_and_prompts(settings)
     chunks, chunk, grid = 5, settings.stream.chunk, Grid.of(settings.transformer, settings.stream)
     shape = (2, chunks, chunk * grid.tokens, settings.transformer.token_dim)
     clean, noisy = torch.randn(shape), torch.randn(shape)
     timesteps = 1000 * torch.rand(2, chunks)
-    clips = Clips(clean, torch.randint(3, 300, (2, 2, 24)), torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 1]]))
-    whole = flow.TeacherForcing.of(settings, chunks, "cpu").flow(model, clean, noisy, timesteps, clips)
+    net, every_text = model.transformer, model.text_kv(prompts)
+    clip_pass = ClipPass.of("teacher", settings, chunks, "cpu")
+    whole = clip_pass.flow(net, noisy, timesteps, every_text, clean)
 
-    net, ring = model.transformer, ring_for(settings.stream)
+    ring = ring_for(settings.stream)
     for clip in range(2):
-        text = model.text_kv(clips.ids[clip : clip + 1], clips.prompt[clip : clip + 1])
-        cache = KVCache(settings.transformer, ring, grid.tokens, torch.device("cpu"), torch.float32)
+        cache = KVCache(settings.transformer, ring, grid.tokens, torch.device("cpu"), torch.float32, torch_ops())
         for i in range(chunks):
             plan = ring.plan(i * chunk, chunk)
             cache.place(plan)
             rotary = rotary_phases(settings.transformer, plan.frames, grid.rows, grid.columns, torch.device("cpu"))
-            own = TextKV(text.k[:, 0, i], text.v[:, 0, i])
+            own = TextKV(every_text.k[:, clip, i], every_text.v[:, clip, i])
             streamed = net(noisy[clip, i], net.modulation(timesteps[clip, i]), rotary, own, cache.attend)
             net.refresh(clean[clip, i], net.modulation(torch.tensor(0.0)), rotary, own, cache.attend, cache.write)
             torch.testing.assert_close(whole[clip, i], streamed, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("forcing", "heard"),
+    [("diffusion", {1: [1, 2, 3], 3: [3]}), ("none", {1: [0, 1, 2, 3], 3: [0, 1, 2, 3]})],
+    ids=["diffusion forcing looks back a window", "the judge sees all"],
+)
+def test_a_pass_lets_a_chunk_be_heard_where_it_is_seen(forcing: str, heard: dict[int, list[int]]) -> None:
+    settings = replace(MICRO, stream=StreamConfig(window=9, height=32, width=32))
+    model, prompts = _random_model_and_prompts(settings, chunks=4)
+    net, text = model.transformer, model.text_kv(prompts)
+    clip_pass = ClipPass.of(forcing, settings, 4, "cpu")  # type: ignore[arg-type]
+    noisy, timesteps = torch.randn(2, 4, 12, settings.transformer.token_dim), 1000 * torch.rand(2, 4)
+    before = clip_pass.flow(net, noisy, timesteps, text)
+    for changed, where in heard.items():
+        other = noisy.clone()
+        other[:, changed] += 1
+        after = clip_pass.flow(net, other, timesteps, text)
+        differs = [i for i in range(4) if not torch.allclose(before[:, i], after[:, i], atol=1e-6)]
+        assert differs == where
+
+
+def _random_model_and_prompts(settings: Settings, chunks: int = 5) -> tuple[VideoModel, Prompts]:
+    torch.manual_seed(5)
+    model = VideoModel(settings).requires_grad_(False)
+    torch.nn.init.normal_(model.transformer.head.linear.weight)
+    which = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])[:, :chunks]
+    return model, Prompts(torch.randint(3, 300, (2, 2, 24)), which)
+
+
+def test_pairs_are_made_once_and_go_from_noise_to_the_end(trained: Path, tmp_path: Path) -> None:
+    ways, prompts = pairs.make_pairs(MICRO, trained, "cpu")
+    assert ways.shape[:3] == (6, 3, 5) and len(prompts.ids) == 6
+    files = sorted((trained / "pairs").iterdir())
+    made = [file.stat().st_mtime_ns for file in files]
+    files[1].unlink()
+    again, _ = pairs.make_pairs(MICRO, trained, "cpu")
+    torch.testing.assert_close(again, ways, rtol=0, atol=0)  # the missing batch came back the same
+    assert files[0].stat().st_mtime_ns == made[0]
+    assert ways[:, :, 0].float().std() == pytest.approx(1, abs=0.02)  # pure noise
+    with pytest.raises(ConfigError, match="2 Euler steps do not pass the timesteps"):
+        settings = replace(MICRO, pairs=replace(MICRO.pairs, teacher_steps=2))
+        pairs.trajectories(settings, _random_model_and_prompts(MICRO)[0], prompts, [1] * 6)
+
+
+@pytest.mark.parametrize("loss", ["sid", "gan"])
+def test_self_forcing_trains_by_the_other_losses(trained: Path, tmp_path: Path, loss: Loss) -> None:
+    for earlier in trained.glob("*.*"):
+        if earlier.stem not in self_forcing.STAGES:
+            shutil.copy(earlier, tmp_path)
+    settings = replace(MICRO, self_forcing=replace(MICRO.self_forcing, loss=loss, steps=2))
+    self_forcing.train(settings, tmp_path, "cpu")
+    before, after = weights_of(trained, pairs.NAME), weights_of(tmp_path, "self_forcing")
+    changed = {key.split(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
+    assert changed == {"transformer"} and all(value.isfinite().all() for value in after.values())
+
+
+def test_a_long_rollout_is_judged_from_a_picture_on(trained: Path) -> None:
+    roller = self_forcing.Roller(MICRO, trained, "cpu", MICRO.stream, long_share=1.0)
+    model = trained_model(MICRO, trained, pairs.NAME, "cpu")
+    model.transformer.requires_grad_(True)
+    rolled = roller.roll(model, rng(8), trained=True)
+    assert rolled.given and rolled.video.shape[:3] == (4, 3, 48)
+    weight = model.transformer.patch_embedding.weight
+    (of_given,) = torch.autograd.grad(rolled.video[:, 0].sum(), weight, retain_graph=True, allow_unused=True)
+    (of_rest,) = torch.autograd.grad(rolled.video[:, 1:].sum(), weight)
+    assert (of_given is None or not of_given.any()) and of_rest.any()
+
+    video = torch.randn(1, 5, 48, MICRO.transformer.token_dim)
+    begun = roller._begun_anew(video, chunks=3)
+    torch.testing.assert_close(begun[:, 1:], video[:, 3:])
+    torch.testing.assert_close(begun[:, 0, 16:], video[:, 2, 16:])
+    taehv = autoencoder.load(MICRO, trained, "cpu")
+    latents = latents_from_tokens(video.flatten(0, 2), MICRO.transformer, 4, 4)
+    with torch.no_grad():
+        picture = taehv.encode(taehv.decode(latents[None, :7])[0][:, -1:])[0]
+    torch.testing.assert_close(
+        begun[0, 0, :16], tokens_from_latents(picture[0], MICRO.transformer), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_bundle_streams_and_is_evaluated(trained: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pty
 import subprocess
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sfrt.errors import MediaError
-from sfrt.video import check_target, open_writer, read_frames
+from sfrt.video import check_target, open_writer, read_frames, reading, stream_frames
 
 HEIGHT, WIDTH, FPS = 48, 64, 16
 BLUE, RED = (30, 60, 200), (225, 45, 35)
@@ -440,6 +441,29 @@ def test_read_clip_upright(tmp_path: Path, degrees: int, bright: str) -> None:
     assert halves[bright].min() > 0.9
     opposite = {"left": "right", "right": "left", "bottom": "top"}[bright]
     assert halves[opposite].max() < 0.1
+
+
+def test_a_clip_is_decoded_as_its_frames_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, decoded, fitted = tmp_path / "a.mp4", itertools.count(), reading._fitted
+    with open_writer(str(target), width=WIDTH, height=HEIGHT, fps=FPS) as writer:
+        writer.write(clip(21))
+    monkeypatch.setattr(reading, "_fitted", lambda *given: (frame for frame in fitted(*given) if next(decoded) >= 0))
+    frames = stream_frames(target, height=HEIGHT, width=WIDTH)
+    assert_close(np.stack(list(itertools.islice(frames, 3))), clip(3), 3.0)
+    assert next(decoded) == 3
+    assert len(list(frames)) == 18
+
+
+def test_a_clip_that_is_cut_off_fails_where_it_is(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (4, 64, 64, 3), np.uint8)
+    pictures = [Image.fromarray(frame) for frame in noise]
+    pictures[0].save(tmp_path / "a.png", save_all=True, append_images=pictures[1:], duration=100)
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    frames = stream_frames(tmp_path / "a.png", height=64, width=64, fps=10)
+    assert np.array_equal(next(frames), noise[0])
+    with pytest.raises(MediaError, match=r"cannot read the picture .*a\.png"):
+        list(frames)
 
 
 def turn_track(path: Path, counterclockwise: int) -> None:

@@ -78,7 +78,7 @@ def test_decode_golden_chunks(vectors: dict[str, Tensor], dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_encode_golden(vectors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    latents = narrow_vae(dtype).encode((vectors["encode_pixels"].transpose(1, 2) + 1) / 2)
+    latents, _ = narrow_vae(dtype).encode((vectors["encode_pixels"].transpose(1, 2) + 1) / 2)
     assert latents.shape == vectors["encode_latents"].shape and latents.dtype == torch.float32
     assert relative_error(latents, vectors["encode_latents"]) <= TOLERANCE[dtype]
 
@@ -90,7 +90,7 @@ def test_golden_on_cuda(vectors: dict[str, Tensor], dtype: torch.dtype) -> None:
     on_device = {name: tensor.to("cuda") for name, tensor in vectors.items()}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 keeps 10 bits: too few for 1e-4
         pixels = decode_in_chunks(vae, on_device["latents"].to(dtype), (1, 2, 3))
-        latents = vae.encode((on_device["encode_pixels"].transpose(1, 2) + 1) / 2)
+        latents, _ = vae.encode((on_device["encode_pixels"].transpose(1, 2) + 1) / 2)
     assert relative_error(pixels * 2 - 1, on_device["pixels"]) <= TOLERANCE[dtype]
     assert relative_error(latents, on_device["encode_latents"]) <= TOLERANCE[dtype]
 
@@ -119,13 +119,31 @@ def test_state_holds_no_more_than_its_frames(vae: WanVae, vectors: dict[str, Ten
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
-@pytest.mark.parametrize("frames", [1, 5, 17, 25])
-def test_encode_in_pieces_equals_encode_at_once(vae: WanVae, frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = torch.rand(2, frames, 3, 16, 24, generator=torch.Generator().manual_seed(frames))
-    latents = vae.encode(pixels)
-    assert latents.shape == (2, 1 + (frames - 1) // 4, 16, 2, 3)
-    monkeypatch.setattr("sfrt.decoders.wan_vae.ENCODE_CHUNK", frames)
-    torch.testing.assert_close(vae.encode(pixels), latents, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("chunks", [(1, 4, 20), (9, 12, 4), (5, 20), (25,)], ids=str)
+def test_chunked_encode_equals_whole_encode(
+    vae: WanVae, chunks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = torch.rand(2, sum(chunks), 3, 16, 24, generator=torch.Generator().manual_seed(1))
+    state: WanVaeState | None = None
+    parts = []
+    for chunk in pixels.split(list(chunks), dim=1):
+        latents, state = vae.encode(chunk, state)
+        parts.append(latents)
+    assert [part.shape[1] for part in parts] == [(chunks[0] + 3) // 4, *(frames // 4 for frames in chunks[1:])]
+    monkeypatch.setattr("sfrt.decoders.ENCODED_TOGETHER", 7)
+    whole, _ = vae.encode(pixels)
+    assert whole.shape == (2, 7, 16, 2, 3)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
+
+
+def test_encode_leaves_state_and_pixels_alone(vae: WanVae) -> None:
+    pixels = torch.rand(1, 9, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    kept = pixels.clone()
+    _, state = vae.encode(pixels[:, :5])
+    once, _ = vae.encode(pixels[:, 5:], state)
+    again, _ = vae.encode(pixels[:, 5:], state)
+    assert torch.equal(once, again)
+    assert torch.equal(pixels, kept)
 
 
 def test_pixels_are_laid_out_for_delivery(vae: WanVae, vectors: dict[str, Tensor]) -> None:
@@ -150,8 +168,14 @@ def test_full_size_has_the_published_names_and_shapes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "named"), [((1, 8, 3, 16, 16), "8 frames"), ((1, 5, 3, 20, 16), "20×16")], ids=["length", "size"]
+    ("shape", "named"),
+    [((1, 8, 3, 16, 16), r"8 frames .* 1 \+ 4k"), ((1, 5, 3, 20, 16), "20×16")],
+    ids=["length", "size"],
 )
 def test_encode_refuses_other_clips(vae: WanVae, shape: tuple[int, ...], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         vae.encode(torch.zeros(shape))
+    _, state = vae.encode(torch.zeros(1, 1, 3, 16, 16))
+    for frames in (0, 5):
+        with pytest.raises(ConfigError, match=f"{frames} frames .* must be 4k"):
+            vae.encode(torch.zeros(1, frames, 3, 16, 16), state)

@@ -5,45 +5,30 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 import sfrt
-from sfrt.bundle import Bundle, DTypeName, FileInfo, Manifest, Part, hash_file
+from sfrt.bundle import Bundle, DTypeName, FileInfo, Manifest, hash_file
 from sfrt.bundle.quantization import Method
 from sfrt.bundle.writer import BundleWriter, LazyTensor
-from sfrt.config import DecoderConfig, StreamConfig
-from sfrt.decoders import load_decoder
-from sfrt.device import memory_told, resolve_device, resolve_dtype
+from sfrt.config import StreamConfig
 from sfrt.errors import ConfigError
 from sfrt.text import TextEncoder, Tokenizer, Umt5Encoder
-from sfrt.text import load_text_encoder as load_text_encoder_of
 from sfrt.weights import assign
 from sfrt_export.bundle_graphs import bundle_graphs, require_onnx
 from sfrt_export.checkpoint import Checkpoint, TransformerCheckpoint, finite, lazy, load_transformer
 from sfrt_export.families import Family, family_of
-from sfrt_export.gate import Subject, embeddings, gate
 from sfrt_export.layout import module_tensors
 from sfrt_export.lora import Adapter, load_adapter
 from sfrt_export.parts import DecoderCheckpoint, TextCheckpoint, load_taehv, load_text_encoder, load_wan_vae
-
-
-class Progress(Protocol):
-    """Told of a stage ("hash", "gate" or a part's name), the bytes of it that are done and all its bytes.
-
-    The gate of quantisation counts measurements instead.
-    """
-
-    def __call__(self, stage: str, done: int, total: int, /) -> None: ...
-
-
-def _silent(stage: str, done: int, total: int, /) -> None:
-    """No progress shown."""
+from sfrt_export.progress import Progress, counter, silent, write_part
+from sfrt_export.quantized_bundle import check_method, quantized
 
 
 def export_checkpoint(
@@ -65,7 +50,7 @@ def export_checkpoint(
     onnx: Literal[True] | tuple[DTypeName, ...] = (),
     quantize: Method | None = None,
     force: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Bundle:
     """Write the bundle of a checkpoint to the folder `output`, which must not exist yet.
 
@@ -86,7 +71,7 @@ def export_checkpoint(
         settings = family_of(family, Path(checkpoint))
         stream_config = _stream(settings, stream or {})
         _check_dtypes(dtype, *(() if onnx is True else onnx))
-        _check_method(quantize, force)
+        check_method(quantize, force)
         if onnx:
             require_onnx()
         transformer = load_transformer(
@@ -113,13 +98,13 @@ def export_checkpoint(
         if quantize is not None:
             decoding = (decoder.part.config, _read(decoder)) if decoder else None
             reading = _text_encoder(text, transformer.config.text_len) if text else None
-            weights, manifest = _quantized(manifest, weights, decoding, reading, quantize, force, progress)
+            weights, manifest = quantized(manifest, weights, decoding, reading, quantize, force, progress)
         writer.resume(_contents(manifest, transformer, adapter, decoder, text))
-        _write(writer, "transformer", weights, progress)
+        write_part(writer, "transformer", weights, progress)
         if decoder:
-            _write(writer, "decoder", lazy(decoder.path, decoder.tensors), progress)
+            write_part(writer, "decoder", lazy(decoder.path, decoder.tensors), progress)
         if text:
-            _write(writer, "text_encoder", lazy(text.path, text.tensors), progress)
+            write_part(writer, "text_encoder", lazy(text.path, text.tensors), progress)
             writer.add_tokenizer(text.tokenizer)
         if manifest.graphs:
             writer.add_graphs(partial(bundle_graphs, manifest))
@@ -131,62 +116,6 @@ def export_checkpoint(
         if caution is not None:
             warnings.warn(caution, stacklevel=2)
     return bundle
-
-
-def quantize_bundle(
-    source: Bundle, output: str | Path, method: Method, *, force: bool = False, progress: Progress = _silent
-) -> Bundle:
-    """The (verified) bundle with its transformer quantised, written to the folder `output`, which must not exist yet.
-
-    Raises BundleError, or ConfigError where it is quantised already or the gate refuses; nothing is left then.
-    """
-    output, given = Path(output), source.manifest
-    _check_method(method, force)
-    if given.quantization is not None:
-        raise ConfigError(
-            f"{source.path} is quantised already ({given.quantization.method}); give the one it came from"
-        )
-    if given.graphs:
-        require_onnx()
-    with BundleWriter(output) as writer:
-        manifest = dataclasses.replace(given, name=output.name)
-        decoding = (given.decoder.config, source.load("decoder")) if given.decoder else None
-        reading = load_text_encoder_of(source, torch.device("cpu")) if given.text_encoder else None
-        plain = lazy(source.path, source.load("transformer"))
-        weights, manifest = _quantized(manifest, plain, decoding, reading, method, force, progress)
-        _write(writer, "transformer", weights, progress)
-        if given.decoder:
-            writer.add_file("decoder.safetensors", source.path / "decoder.safetensors")
-        if given.text_encoder:
-            writer.add_file("text_encoder.safetensors", source.path / "text_encoder.safetensors")
-            writer.add_tokenizer(source.tokenizer_path)
-        if given.graphs:
-            writer.add_graphs(partial(bundle_graphs, manifest))
-        return writer.finish(manifest)
-
-
-def _quantized(
-    manifest: Manifest,
-    weights: Mapping[str, LazyTensor],
-    decoder: tuple[DecoderConfig, dict[str, Tensor]] | None,
-    text: TextEncoder | None,
-    method: Method,
-    force: bool,
-    progress: Progress,
-) -> tuple[dict[str, LazyTensor], Manifest]:
-    """The transformer's tensors quantised, and the manifest that says so, once the gate has let them pass."""
-    device = resolve_device("auto")
-    dtype = resolve_dtype("auto", device)
-    subject = Subject(
-        model=manifest.model,
-        stream=manifest.stream,
-        weights=weights,
-        embeds=embeddings(text, manifest.model),
-        decoder=load_decoder(*decoder, device, dtype) if decoder else None,
-    )
-    with memory_told("the gate of quantisation", device):
-        tensors, quantization = gate(subject, method, device, dtype, force=force, progress=partial(progress, "gate"))
-    return tensors, dataclasses.replace(manifest, quantization=quantization)
 
 
 def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -206,13 +135,6 @@ def _check_dtypes(*names: str | None) -> None:
     for name in names:
         if name is not None and name not in get_args(DTypeName):
             raise ConfigError(f"dtype {name!r} is not one of: {', '.join(get_args(DTypeName))}")
-
-
-def _check_method(method: str | None, force: bool) -> None:
-    if method is not None and method not in get_args(Method):
-        raise ConfigError(f"no quantisation is called {method!r}; choose one of: {', '.join(get_args(Method))}")
-    if force and method is None:
-        raise ConfigError("force is for a quantised model that the quality gate refuses; say how to quantise it")
 
 
 def _stream(family: Family, overrides: Mapping[str, Any]) -> StreamConfig:
@@ -265,10 +187,6 @@ def _main_dtype(weights: Mapping[str, LazyTensor]) -> DTypeName:
     return names[name]
 
 
-def _write(writer: BundleWriter, part: Part, tensors: Mapping[str, LazyTensor], progress: Progress) -> None:
-    writer.add_tensors(part, tensors, _counter(part, sum(tensor.nbytes for tensor in tensors.values()), progress))
-
-
 def _contents(manifest: Manifest, *sources: Checkpoint | None) -> str:
     """What a bundle is made of: its settings, and the files as they are now."""
     files = [file for source in sources if source is not None for file in source.files]
@@ -281,17 +199,5 @@ def _hash_sources(checkpoints: Mapping[str, Checkpoint | None], progress: Progre
     given = {part: checkpoint for part, checkpoint in checkpoints.items() if checkpoint is not None}
     files = {f"{part}/{file.name}": file for part, checkpoint in given.items() for file in checkpoint.files}
     sizes = {name: file.stat().st_size for name, file in files.items()}
-    count = _counter("hash", sum(sizes.values()), progress)
+    count = counter("hash", sum(sizes.values()), progress)
     return {name: FileInfo(sizes[name], hash_file(file, count)) for name, file in files.items()}
-
-
-def _counter(stage: str, total: int, progress: Progress) -> Callable[[int], None]:
-    """Turns counts of bytes into a running sum. Headers are not counted, so the sum is held to the total."""
-    done = 0
-
-    def count(more: int) -> None:
-        nonlocal done
-        done = min(done + more, total)
-        progress(stage, done, total)
-
-    return count

@@ -72,21 +72,31 @@ _ALL = (
     ),
     Family(
         "streamdiffusionv2",
-        "StreamDiffusionV2, video to video",
+        "arXiv 2511.07399, video to video",
         ("streamdiffusionv2", "wancausaldmdv2v"),
-        unsupported="it starts from a source video noised to its first step, not from noise",
+        # Its code puts 0.8 of noise on latents that it does not normalise, and begins with two latent frames at once;
+        # here the noise is what the first step removes, the latents are those that models are trained on.
+        StreamConfig(chunk=1, window=6, sink=3, steps=(700.0, 500.0, 400.0, 200.0), warp=False, shift=8.0),
+        caution="streamdiffusionv2 makes videos of source videos alone (--source FILE); its published code mostly runs "
+        "the first two steps (--steps 700,500), puts less noise where the source moves fast, replaces sink frames "
+        "unlike the present, and keeps the last step's keys where sfrt refreshes the cache",
     ),
     Family(
         "infinite-forcing",
         "Infinite Forcing",
         ("infiniteforcing",),
-        unsupported="it caches keys without rotary phases and rotates them when they are read",
+        # It caches keys without rotary phases and rotates them when they are read, by their places in the window.
+        StreamConfig(window=6, sink=1, positions="window"),
+        prefer_ema=True,
     ),
     Family(
         "krea",
         "Krea realtime 14B",
         ("krea",),
-        unsupported="it rebuilds its cache from the clean latents of the window before every chunk",
+        # The steps as they were trained; its server adds one at 0, which no longer changes the picture by much.
+        StreamConfig(window=6, steps=(1000.0, 937.0, 833.0, 625.0), warp=False, positions="window", refresh="reencode"),
+        caution="krea sees the oldest frame in view encoded anew as a picture, before every chunk: as published with "
+        "--vae, nearly so with --taehv, and without a decoder it streams under --refresh rebuild alone",
     ),
     Family(
         "rolling-forcing",

@@ -34,7 +34,8 @@ from sfrt.errors import ConfigError
 from sfrt.noise import chunk_noise
 from sfrt.ops.quantized_linear import place_quantized
 from sfrt.ring import ChunkPlan, ChunkSizes, Ring, chunk_sizes, ring_for
-from sfrt.session import Session, Stage, philox_noise
+from sfrt.session import Session
+from sfrt.stage import Stage, philox_noise
 from sfrt.text import TextEncoder
 from sfrt.timesteps import steps_of, timesteps_of
 from sfrt.weights import assign
@@ -192,6 +193,12 @@ class Way:
         given = tokens.clone()
         self._ask(lambda rollout: rollout.refresh(given, timestep))
 
+    def state(self) -> dict[str, Tensor]:
+        return self._rollout.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self._ask(lambda rollout: rollout.load_state(state))
+
     def _ask(self, ask: Callable[[Rollout], Tensor | None]) -> Tensor | None:
         self.asked.append(ask)
         return ask(self._rollout)
@@ -214,6 +221,8 @@ class _Stream:
         self._backend = backend
         self._number = number
         self._settings = _small(subject.stream)
+        if subject.decoder is None and self._settings.refresh == "reencode":
+            self._settings = dataclasses.replace(self._settings, refresh="rebuild")
         self._grid = Grid.of(subject.model, self._settings)
         sizes = chunk_sizes(self._settings)
         self._ring = ring_for(self._settings, sizes.start(CHUNKS))

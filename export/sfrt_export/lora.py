@@ -116,9 +116,10 @@ def load_adapter(path: Path, base: TransformerCheckpoint, alpha: float | None = 
             "give the file that holds the adapter"
         )
     _check(path, base, parts, strays)
-    scales = _scales(path, parts, alpha)
+    config = _config_of(path, parts)
+    scales = _scales(path, parts, config, alpha)
     pairs = {name: Pair(part["lora_A"], part["lora_B"], scales[name]) for name, part in parts.items()}
-    return Adapter(path, source.files, tensors, pairs)
+    return Adapter(path, source.files if config is None else (*source.files, config), tensors, pairs)
 
 
 def _unwrap(source: Source) -> Mapping[str, Any]:
@@ -183,13 +184,18 @@ def _fits(weight: Tensor, part: Parts) -> bool:
     return down[1:] == weight.shape[1:] and up == (weight.shape[0], down[0], *(1,) * (weight.ndim - 2))
 
 
-def _scales(path: Path, parts: Mapping[str, Parts], given: float | None) -> dict[str, float]:
-    """What each pair is multiplied by."""
+def _config_of(path: Path, parts: Mapping[str, Parts]) -> Path | None:
+    """The file beside the adapter's that says its alpha, where that does not say it itself."""
     file = (path if path.is_dir() else path.parent) / ADAPTER_CONFIG
+    return file if file.is_file() and not any("alpha" in part for part in parts.values()) else None
+
+
+def _scales(path: Path, parts: Mapping[str, Parts], file: Path | None, given: float | None) -> dict[str, float]:
+    """What each pair is multiplied by; file is the adapter's configuration."""
     ranks = {name: part["lora_A"].shape[0] for name, part in parts.items()}
     said = {name: _alpha(path, name, part["alpha"]) for name, part in parts.items() if "alpha" in part}
     power = 1.0
-    if not said and file.is_file():
+    if file is not None:
         config = read_json(file)
         said = dict.fromkeys(parts, _configured_alpha(file, config, ranks))
         power = 0.5 if config.get("use_rslora") else 1.0  # rank-stabilised, arXiv 2312.03732

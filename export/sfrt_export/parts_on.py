@@ -1,12 +1,14 @@
 """A model's parts on any backend from tensors alone, without a bundle: for verification and benchmarks.
 
-Backends that run exported graphs get them made on the way, in a folder that lasts as long as the part is used.
+Backends that run exported graphs, or plans built from those, get them made on the way, in a folder that lasts as long
+as the part is used. Plans are for certain sizes, so each part is told what streams it is for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,42 +20,61 @@ from torch import Tensor
 
 from sfrt.backends import Backend, require_backend
 from sfrt.backends.onnx import OnnxRunner, why_not
-from sfrt.bundle import DTypeName
-from sfrt.config import DecoderConfig, ModelConfig, Umt5Config
-from sfrt.decoders import Decoder, load_decoder
+from sfrt.backends.tensorrt.library import require_tensorrt
+from sfrt.bundle import DTypeName, FileInfo, Part, hash_file
+from sfrt.config import DecoderConfig, ModelConfig, StreamConfig, Umt5Config
+from sfrt.decoders import Decoder, decoder_dtype, load_decoder
 from sfrt.device import dtype_name
-from sfrt.errors import ConfigError
 from sfrt.text import PromptEncoder, Umt5Encoder
 from sfrt.weights import assign
 from sfrt_export.bundle_graphs import require_onnx
 
 if TYPE_CHECKING:
+    from sfrt.backends.exported import Runner
+    from sfrt.backends.tensorrt.running import PlanRunner
     from sfrt_export.onnx_graph import Graphs
+    from sfrt_export.tensorrt_graph import StreamSizes
 
 
 @contextmanager
 def transformer_on(
-    backend: str, config: ModelConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+    backend: str,
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    stream: StreamConfig,
+    frames: int | None = None,
+    *,
+    any_start: bool = False,
 ) -> Iterator[Backend]:
-    """The transformer over tensors named as in a bundle, which it takes over: the mapping may be emptied."""
+    """The transformer over tensors named as in a bundle, which it takes over: the mapping may be emptied.
+
+    It is for streams of these settings, of at most so many latent frames; any_start: see `PlanSettings`.
+    """
     _require_runner(backend, device, dtype)
     if backend == "torch":
         from sfrt.backends.torch import TorchBackend
 
         yield TorchBackend(config, weights, device, dtype)
         return
-    from sfrt.backends.exported import ExportedBackend
     from sfrt_export.onnx_graph import transformer_graphs
 
-    with _graphs_of("transformer", weights, partial(transformer_graphs, config), backend, device, dtype) as runner:
-        yield ExportedBackend(runner, config)
+    make, sizes = partial(transformer_graphs, config), [_sizes(config, stream, frames, any_start)]
+    with _graphs_of("transformer", weights, make, backend, device, dtype, sizes) as runner:
+        yield _transformer_of(runner, backend, config)
 
 
 @contextmanager
 def decoder_on(
-    backend: str, config: DecoderConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+    backend: str,
+    config: DecoderConfig,
+    weights: dict[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    streams: Iterable[StreamConfig],
 ) -> Iterator[Decoder]:
-    """The autoencoder over its tensors."""
+    """The autoencoder over its tensors, for the chunks of these streams."""
     _require_runner(backend, device, dtype)
     if backend == "torch":
         yield load_decoder(config, weights, device, dtype)
@@ -61,7 +82,9 @@ def decoder_on(
     from sfrt.backends.exported_parts import ExportedDecoder
     from sfrt_export.onnx_graph import decoder_graphs
 
-    with _graphs_of("decoder", weights, partial(decoder_graphs, config), backend, device, dtype) as runner:
+    make, dtype = partial(decoder_graphs, config), decoder_dtype(config, device, dtype)
+    sizes = [_sizes(ModelConfig(), stream, stream.chunk) for stream in streams]
+    with _graphs_of("decoder", weights, make, backend, device, dtype, sizes) as runner:
         yield ExportedDecoder(runner, config)
 
 
@@ -86,34 +109,34 @@ def text_encoder_on(
     from sfrt_export.onnx_graph import text_encoder_graphs
 
     make = partial(text_encoder_graphs, config, text_len)
-    with _graphs_of("text_encoder", weights, make, backend, device, dtype) as runner:
+    sizes = [_sizes(replace(ModelConfig(), text_len=text_len), StreamConfig())]
+    with _graphs_of("text_encoder", weights, make, backend, device, dtype, sizes) as runner:
         yield ExportedTextEncoder(runner, config)
 
 
 def _require_runner(backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise ConfigError or DeviceError, before graphs are made, for a backend that cannot run them here."""
     require_backend(backend)
+    if backend == "torch":
+        return
+    require_onnx()
     if backend == "tensorrt":
-        raise ConfigError(
-            "TensorRT runs plans that are built for a bundle; export one with --tensorrt and open it, "
-            "or verify and measure its graphs with --backend onnx"
-        )
-    if backend != "torch":
-        require_onnx()
-        if (reason := why_not(_provider(backend) or device.type, device, dtype)) is not None:
-            raise reason
+        require_tensorrt(device)
+    elif (reason := why_not(_provider(backend) or device.type, device, dtype)) is not None:
+        raise reason
 
 
 @contextmanager
 def _graphs_of(
-    part: str,
+    part: Part,
     weights: dict[str, Tensor],
     make: Callable[[Path, DTypeName], Graphs],
     backend: str,
     device: torch.device,
     dtype: torch.dtype,
-) -> Iterator[OnnxRunner]:
-    """What runs the graphs that `make` makes over these weights."""
+    sizes: Iterable[StreamSizes],
+) -> Iterator[Runner]:
+    """What runs the graphs that `make` makes over these weights, or plans of them for these sizes."""
     from sfrt_export.onnx_graph import write_graphs
 
     name = cast(DTypeName, dtype_name(dtype))
@@ -121,7 +144,38 @@ def _graphs_of(
         folder = Path(temporary)
         save_file({key: weight.cpu().contiguous() for key, weight in weights.items()}, folder / f"{part}.safetensors")
         write_graphs(make(folder, name), folder, name)
-        yield OnnxRunner(folder, device, dtype, _provider(backend))
+        if backend == "tensorrt":
+            yield _planned(folder, part, name, device, sizes)
+        else:
+            yield OnnxRunner(folder, device, dtype, _provider(backend))
+
+
+def _planned(folder: Path, part: Part, dtype: DTypeName, device: torch.device, sizes: Iterable[StreamSizes]) -> Runner:
+    """What runs plans of the graphs in a folder."""
+    from sfrt.backends.tensorrt.plans import Origin
+    from sfrt.backends.tensorrt.running import PlanRunner
+    from sfrt_export.tensorrt_plan import build_part
+
+    origin = Origin(folder, {file.name: FileInfo(file.stat().st_size, hash_file(file)) for file in folder.iterdir()})
+    build_part(origin, part, dtype, sizes, device)
+    return PlanRunner(origin, device, dtype)
+
+
+def _transformer_of(runner: Runner, backend: str, config: ModelConfig) -> Backend:
+    from sfrt.backends.exported import ExportedBackend
+    from sfrt.backends.tensorrt import TensorrtBackend
+
+    if backend == "tensorrt":
+        return TensorrtBackend(cast("PlanRunner", runner), config)
+    return ExportedBackend(runner, config)
+
+
+def _sizes(
+    config: ModelConfig, stream: StreamConfig, frames: int | None = None, any_start: bool = False
+) -> StreamSizes:
+    from sfrt_export.tensorrt_graph import StreamSizes
+
+    return StreamSizes.of(config, stream, frames, any_start=any_start)
 
 
 def _provider(backend: str) -> str | None:

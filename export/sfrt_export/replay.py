@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from sfrt.config import ModelConfig, StreamConfig
 from sfrt.errors import CheckpointError
 from sfrt.ops.layout import latents_from_tokens, tokens_from_latents
 from sfrt.ring import ChunkPlan, chunk_sizes, ring_for
-from sfrt.session import NoiseSource, Session, Stage
+from sfrt.session import Session
+from sfrt.stage import NoiseSource, Stage
 from sfrt.timesteps import sigma_at, timesteps_of
 from sfrt_export.checkpoint import load_transformer
 from sfrt_export.layout import module_tensors
@@ -44,6 +45,12 @@ class RecordingRollout:
         self._rollout.flow(torch.zeros_like(tokens), timestep)  # so that it is refresh whose keys and values are judged
         self._rollout.refresh(tokens, timestep)
 
+    def state(self) -> dict[str, Tensor]:
+        return self._rollout.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self._rollout.load_state(state)
+
 
 def replay_rollout(
     case: Path,
@@ -68,7 +75,11 @@ def replay_rollout(
     embeds, wanted = tensors["prompt_embeds"], [tensors["noise"].shape[0], model.text_len, model.text_dim]
     if list(embeds.shape) != wanted:
         raise CheckpointError(f"{case}: prompt_embeds is {list(embeds.shape)}, not {wanted}; the case is inconsistent")
-    with transformer_on(backend, model, weights, device, dtype) as running:
+    initial = tensors.get("initial_latent")
+    frames = settings["num_output_frames"] + (0 if initial is None else initial.shape[1])
+    with transformer_on(
+        backend, model, weights, device, dtype, stream, frames, any_start=initial is not None
+    ) as running:
         for row in range(len(embeds)):
             yield from _replay_row(settings, tensors, running, model, stream, row)
 

@@ -22,9 +22,9 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from sfrt import graphs
 from sfrt.backends import Grid
-from sfrt.backends.exported_parts import ENCODED_TOGETHER
 from sfrt.backends.tensorrt.plans import Profile, Range
 from sfrt.config import ModelConfig, StreamConfig
+from sfrt.decoders import ENCODED_TOGETHER
 from sfrt.errors import ConfigError
 from sfrt.graphs import GraphName
 from sfrt.ring import BlockRing, ChunkSizes, chunk_sizes, ring_for
@@ -86,8 +86,8 @@ class StreamSizes:
 
     def passes(self) -> tuple[GraphName, ...]:
         """The graphs that a stream's passes run."""
-        plain: tuple[GraphName, ...] = ("step", "refresh") if self.ring else ()
-        masked: tuple[GraphName, ...] = ("step_masked", "refresh_masked") if self.masked_ring else ()
+        plain: tuple[GraphName, ...] = ("refresh", "flow") if self.ring else ()
+        masked: tuple[GraphName, ...] = ("refresh_masked", "flow_masked") if self.masked_ring else ()
         return (*plain, *masked)
 
 
@@ -95,13 +95,13 @@ def profiles_of(graph: GraphName, sizes: StreamSizes) -> tuple[Profile, ...]:
     """What a graph's plan serves, the most used first; sizes that the graph does not have may be among them."""
     steps = {"steps": (1, sizes.steps, max(sizes.steps, _MORE_STEPS))}
     chunk, shortest = sizes.chunk * sizes.frame, sizes.shortest * sizes.frame
-    if graph in ("step", "refresh") and sizes.ring is not None:
+    if graph in ("refresh", "flow", "step") and sizes.ring is not None:
         room = sizes.ring * sizes.frame
         passes = {**steps, "tokens": _exactly(chunk), "ring": _exactly(room)}
         full = [{**passes, graphs.VALID: _exactly(room)}]
         filling = [{**passes, graphs.VALID: (chunk, room - chunk, room - chunk)}] if room > chunk else []
         return (*full, *filling)
-    if graph in ("step_masked", "refresh_masked") and sizes.masked_ring is not None:
+    if graph in ("refresh_masked", "flow_masked") and sizes.masked_ring is not None:
         passes = {**steps, "ring": _exactly(sizes.masked_ring * sizes.frame)}
         shorter = [{**passes, "tokens": (shortest, shortest, chunk - sizes.frame)}] if shortest < chunk else []
         return ({**passes, "tokens": _exactly(chunk)}, *shorter)

@@ -16,10 +16,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, get_args
 
 import onnx
 import torch
@@ -27,20 +27,10 @@ from onnx import ModelProto
 from tqdm import tqdm
 
 from sfrt.backends.tensorrt.library import error_log, require_tensorrt, target_of
-from sfrt.backends.tensorrt.plans import (
-    FOLDER,
-    PlanInfo,
-    Target,
-    graph_sha256,
-    map_engine,
-    read_info,
-    weights_sha256,
-    write_plan,
-    write_whole,
-)
+from sfrt.backends.tensorrt.plans import Origin, PlanInfo, Target, map_engine, read_info, write_plan, write_whole
 from sfrt.bundle import Bundle, DTypeName, Part
-from sfrt.decoders import decoder_dtype
-from sfrt.device import DTYPES, dtype_name, resolve_device
+from sfrt.config import StreamConfig
+from sfrt.device import resolve_device
 from sfrt.errors import BundleError, ConfigError, DeviceError
 from sfrt.graphs import OF_PART, GraphName, graph_file
 from sfrt_export.tensorrt_graph import (
@@ -58,25 +48,35 @@ if TYPE_CHECKING:
     from tensorrt import IAttentionInputLayer, IBuilderConfig, IHostMemory, INetworkDefinition, IOptimizationProfile
 
 
+_PREFERRED: tuple[DTypeName, ...] = ("bfloat16", "float16", "float32")
+"""What a GPU streams in by default, and what comes next where there are no such graphs."""
+
+
 @dataclass(frozen=True)
 class PlanSettings:
     """What plans to build, and how.
 
-    dtype is the transformer's; other parts run in the dtype that goes with it. parts are those that a stream runs; what
-    a bundle lacks of them is left out. frames limits a stream in latent frames, which one without a window needs.
+    dtype is the transformer's, None for the best of those that there are graphs in; other parts run in the dtype that
+    goes with it. parts are those that a stream runs; what a bundle lacks of them is left out. stream is the one that
+    plans are for, None for the bundle's own; frames limits it in latent frames, which one without a window needs.
     any_start adds plans for streams that go on from pictures and clips of any length. workspace is the most bytes that
     the builder may try kernels with, None for all there are. optimization is TensorRT's builder level, 0 (built fast)
     to 5 (runs fast).
     """
 
-    dtype: DTypeName = "bfloat16"
+    dtype: DTypeName | None = None
     parts: tuple[Part, ...] = ("transformer", "decoder")
+    stream: StreamConfig | None = None
     frames: int | None = None
     any_start: bool = False
     workspace: int | None = None
     optimization: int = 3
 
     def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in _PREFERRED:
+            raise ConfigError(f"dtype {self.dtype!r} is not one of: {', '.join(get_args(DTypeName))}")
+        if self.frames is not None and self.frames < 1:
+            raise ConfigError(f"a stream of {self.frames} latent frames is none; give it more")
         if not 0 <= self.optimization <= 5:
             raise ConfigError(f"optimization level {self.optimization} is not one of TensorRT's, 0 to 5")
         if self.workspace is not None and self.workspace <= 0:
@@ -102,13 +102,35 @@ def build_plans(
 
     A plan that is there and fits is left as it is, one of other weights refitted. Each is written when it is whole;
     Ctrl-C keeps those that are. progress shows bars on a terminal.
-    Raises DeviceError where TensorRT or an NVIDIA GPU is missing, BundleError or ConfigError where graphs are.
+    Raises BundleError or ConfigError for graphs that are missing or damaged and for streams that plans cannot be for,
+    DeviceError where TensorRT or an NVIDIA GPU is missing.
     """
+    _asked_for(bundle, settings)  # what cannot be is said before a GPU is looked for
     place = resolve_device(device)
-    trt = require_tensorrt(place)
-    blueprints = draw(bundle, settings, target_of(trt, place))
-    with torch.cuda.device(place):
-        builder = PlanBuilder(trt, bundle.path / FOLDER, settings, progress)
+    target = target_of(require_tensorrt(place), place)
+    return provide(draw(bundle, settings, target), Origin.of(bundle), place, settings, progress)
+
+
+def build_part(
+    origin: Origin, part: Part, dtype: DTypeName, sizes: Iterable[StreamSizes], device: torch.device
+) -> None:
+    """The plans of graphs that belong to no bundle, for all of these sizes. Raises as build_plans does."""
+    target = target_of(require_tensorrt(device), device)
+    for one in sizes:
+        provide(draw_part(origin, part, dtype, one, target), origin, device)
+
+
+def provide(
+    blueprints: Iterable[Blueprint],
+    origin: Origin,
+    device: torch.device,
+    settings: PlanSettings = DEFAULTS,
+    progress: bool = True,
+) -> list[Path]:
+    """The files of these plans beside their origin, built or refitted where they are not there."""
+    trt = require_tensorrt(device)
+    with torch.cuda.device(device):
+        builder = PlanBuilder(trt, origin.plans, settings, progress)
         return [builder.provide(blueprint) for blueprint in blueprints]
 
 
@@ -118,35 +140,46 @@ def draw(bundle: Bundle, settings: PlanSettings, target: Target) -> list[Bluepri
     Raises BundleError for graphs that are missing, damaged or not what TensorRT's parser takes.
     """
     manifest = bundle.manifest
-    sizes = StreamSizes.of(manifest.model, manifest.stream, settings.frames, any_start=settings.any_start)
-    blueprints = []
+    dtype, sizes = _asked_for(bundle, settings)
+    blueprints: list[Blueprint] = []
     for part in settings.parts:
-        if f"{part}.safetensors" not in manifest.files:
-            continue
-        dtype = _dtype_of(bundle, part, settings.dtype)
-        folder = bundle.graph_folder(part, dtype, verify=True)
-        for graph in _wanted(part, sizes):
-            blueprints.append(_blueprint(bundle, folder, graph, dtype, sizes, target))
+        if f"{part}.safetensors" in manifest.files:
+            of_part = manifest.graph_dtype(part, dtype)
+            bundle.graph_folder(part, of_part, verify=True)
+            blueprints += draw_part(Origin.of(bundle), part, of_part, sizes, target)
     return blueprints
 
 
-def _wanted(part: Part, sizes: StreamSizes) -> tuple[GraphName, ...]:
-    return (*sizes.passes(), "modulation", "text_kv") if part == "transformer" else OF_PART[part]
+def draw_part(origin: Origin, part: Part, dtype: DTypeName, sizes: StreamSizes, target: Target) -> Iterator[Blueprint]:
+    """The blueprints of all plans that streams of these sizes ask of a part."""
+    passes = (*sizes.passes(), "modulation", "text_kv")
+    for graph in passes if part == "transformer" else OF_PART[part]:
+        yield _blueprint(origin, graph, dtype, sizes, target)
 
 
-def _dtype_of(bundle: Bundle, part: Part, dtype: DTypeName) -> DTypeName:
-    """The dtype a part runs in beside a transformer in `dtype`."""
-    decoder = bundle.manifest.decoder
-    if part == "decoder" and decoder is not None:
-        beside = decoder_dtype(decoder.config, torch.device("cuda"), DTYPES[dtype])
-        return cast(DTypeName, dtype_name(beside))
-    return dtype
+def _asked_for(bundle: Bundle, settings: PlanSettings) -> tuple[DTypeName, StreamSizes]:
+    """The transformer's dtype, and every size of the stream.
+
+    Raises BundleError where there are no graphs in that dtype, ConfigError for a stream that has no end.
+    """
+    there = [dtype for dtype in _PREFERRED if dtype in bundle.manifest.graphs]
+    if not there:
+        raise BundleError(
+            f"the bundle {bundle.path} has no ONNX graphs to build plans from; export the checkpoint again with --onnx"
+        )
+    dtype = settings.dtype or there[0]
+    bundle.graph_folder("transformer", dtype)
+    stream = settings.stream or bundle.manifest.stream
+    if stream.window is None and settings.frames is None:
+        raise ConfigError(
+            "a stream without a window keeps every frame, and a plan is for so many of them: "
+            "say how many (--frames N), or give it a window (--window N)"
+        )
+    return dtype, StreamSizes.of(bundle.manifest.model, stream, settings.frames, any_start=settings.any_start)
 
 
-def _blueprint(
-    bundle: Bundle, folder: Path, graph: GraphName, dtype: DTypeName, sizes: StreamSizes, target: Target
-) -> Blueprint:
-    path = folder / graph_file(graph, dtype)
+def _blueprint(origin: Origin, graph: GraphName, dtype: DTypeName, sizes: StreamSizes, target: Target) -> Blueprint:
+    path = origin.folder / graph_file(graph, dtype)
     model = onnx.load(path, load_external_data=False)
     profiles = own_profiles(model, profiles_of(graph, sizes))
     parsed = for_parser(model, profiles)
@@ -156,8 +189,8 @@ def _blueprint(
         graph=graph,
         dtype=dtype,
         target=target,
-        graph_sha256=graph_sha256(bundle, graph, dtype),
-        weights_sha256=weights_sha256(bundle, graph),
+        graph_sha256=origin.graph(graph, dtype),
+        weights_sha256=origin.weights(graph),
         axes=size_axes(model),
         profiles=profiles,
     )

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfrt.config import TaehvConfig, Umt5Config, WanVaeConfig
+from sfrt.config import StreamConfig, TaehvConfig, Umt5Config, WanVaeConfig
 from sfrt.decoders import LoadedDecoder, exact_convolutions
 from sfrt.decoders.taehv import Taehv
 from sfrt.device import memory_told, resolve_device, resolve_dtype
@@ -151,36 +151,42 @@ def _wan_vae(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], m
         mean=tuple(settings["mean"]),
         std=tuple(settings["std"]),
     )
-    weights = load_file(case / "weights.safetensors")
-    with decoder_on(machine.backend, config, weights, machine.device, machine.dtype) as vae:
-        latents = tensors["latents"]
+    weights, latents = load_file(case / "weights.safetensors"), tensors["latents"]
+    names = sorted(name for name in tensors if name.startswith("pixels_chunk"))
+    chunks = latents.split([(tensors[name].shape[1] + 3) // 4 for name in names], dim=1)
+    streams = _streams(latents, *chunks)
+    with decoder_on(machine.backend, config, weights, machine.device, machine.dtype, streams) as vae:
         pixels, _ = vae.decode(latents, None)
         yield "pixels", 2 * pixels - 1, tensors["pixels"]  # sfrt's pixels are in [0, 1], theirs in [-1, 1]
-        state, start = None, 0
-        for name in sorted(name for name in tensors if name.startswith("pixels_chunk")):
-            frames = tensors[name].shape[1]
-            stop = start + (frames + 3) // 4
-            pixels, state = vae.decode(latents[:, start:stop], state)
+        state = None
+        for name, chunk in zip(names, chunks, strict=True):
+            pixels, state = vae.decode(chunk, state)
             yield name, 2 * pixels - 1, tensors[name]
-            start = stop
         clip = tensors["encode_pixels"].movedim(1, 2)
-        yield "encode_latents", vae.encode((clip + 1) / 2), tensors["encode_latents"]
+        yield "encode_latents", vae.encode((clip + 1) / 2)[0], tensors["encode_latents"]
 
 
 @torch.inference_mode()
 def _taehv(case: Path, settings: dict[str, Any], tensors: dict[str, Tensor], machine: Machine) -> Iterator[Pair]:
     shapes = settings["keys"]
     weights = seeded_weights(shapes, settings["weights_seed"], settings["weights_gain"])
-    with decoder_on(machine.backend, _taehv_config(shapes), weights, machine.device, machine.dtype) as taehv:
+    config, streams = _taehv_config(shapes), _streams(tensors["latents"])
+    with decoder_on(machine.backend, config, weights, machine.device, machine.dtype, streams) as taehv:
         pixels, _ = taehv.decode(tensors["latents"], None)
         yield "pixels", pixels, tensors["pixels"]
         clip = tensors["encode_pixels"].to(machine.device)
         if isinstance(taehv, LoadedDecoder):
             assert isinstance(taehv.module, Taehv)
-            latents = taehv.module.encode_groups(clip.to(taehv.dtype))
+            latents, _ = taehv.module.encode_groups(clip.to(taehv.dtype))
         else:
-            latents = cast("ExportedDecoder", taehv).encode_groups(clip)
+            latents, _ = cast("ExportedDecoder", taehv).encode_groups(clip)
         yield "encode_latents", latents, tensors["encode_latents"]
+
+
+def _streams(*latents: Tensor) -> list[StreamConfig]:
+    """Streams whose chunks are as long as these latents [B, T, C, h, w]."""
+    sizes = dict.fromkeys((part.shape[1], 8 * part.shape[3], 8 * part.shape[4]) for part in latents)
+    return [StreamConfig(chunk=chunk, window=None, height=height, width=width) for chunk, height, width in sizes]
 
 
 def _taehv_config(shapes: dict[str, list[int]]) -> TaehvConfig:

@@ -6,6 +6,7 @@ values. All sizes are known when a rollout is made, so that nothing is allocated
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -55,13 +56,22 @@ class Rollout(Protocol):
         """Take a prompt, [text_len, text_dim]; its keys and values are made here, once."""
 
     def place(self, plan: ChunkPlan) -> None:
-        """Move on to the chunk of this plan: where the coming passes write and what they see."""
+        """Move on to the chunk of this plan: where the coming passes write and what they see.
+
+        A plan of frames from 0 on begins the ring anew: what it held is never seen again.
+        """
 
     def flow(self, tokens: Tensor, timestep: float) -> Tensor:
         """One denoising pass: the flow at each token, [L, P]; the next pass may write over it."""
 
     def refresh(self, tokens: Tensor, timestep: float) -> None:
         """The refresh pass: leave the keys and values of clean tokens in the ring."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What the ring holds, by name; the prompt aside. It is the ring's own memory: read it before the next pass."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from such a state of a rollout that was made with the same arguments."""
 
 
 class Backend(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from sfrt import graphs
 from sfrt.backends import Grid
+from sfrt.cache import SinkKeys
 from sfrt.config import ModelConfig
 from sfrt.device import require_memory
+from sfrt.errors import SnapshotError
 from sfrt.graphs import GraphName
 from sfrt.ring import BlockRing, ChunkPlan, ChunkSizes, Ring
 from sfrt.transformer import rotary_phases, timestep_embedding
@@ -53,6 +55,8 @@ class Buffers:
     write_at: Tensor  # int64 [1]
     valid: Tensor  # int64 [1]
     visible: Tensor  # bool [1, R]
+    hidden: Tensor  # [L, D], from refresh to flow
+    queries: Tensor  # [L, D]
     rings: tuple[Tensor, Tensor]  # keys and values, each [layers, 1, H, R, d]
     text: tuple[Tensor, Tensor]  # the same of the prompt, each [layers, 1, H, S, d]
     embeds: Tensor  # float32 [S, text_dim]
@@ -85,6 +89,8 @@ class Buffers:
             write_at=zeros(1, dtype=torch.int64),
             valid=zeros(1, dtype=torch.int64).to("cpu" if graphs.VALID in runner.on_host else device),
             visible=zeros(1, room, dtype=torch.bool),
+            hidden=zeros(longest, config.dim),
+            queries=zeros(longest, config.dim),
             # Zeros, not whatever is there: what a mask hides is still multiplied, and 0 · NaN is NaN.
             rings=(zeros(*ring), zeros(*ring)),
             text=(zeros(*text), zeros(*text)),
@@ -102,7 +108,7 @@ class Buffers:
         }
 
     def pass_inputs(self, count: int, masked: bool) -> dict[str, Tensor]:
-        """All that a pass over a chunk of `count` tokens reads."""
+        """All that refresh reads for a chunk of `count` tokens; flow reads some of it, and what refresh leaves."""
         seen = {graphs.VISIBLE: self.visible} if masked else {graphs.VALID: self.valid}
         return {
             graphs.TOKENS: self.tokens[:count],
@@ -117,10 +123,13 @@ class Buffers:
             **self.text_outputs(),
         }
 
-    def pass_outputs(self, count: int, refresh: bool) -> dict[str, Tensor]:
-        """All that it writes."""
-        flow = {} if refresh else {graphs.FLOW: self.flow[:count]}
-        return {**flow, **self._rings(graphs.ring_out)}
+    def left_for_flow(self, count: int) -> dict[str, Tensor]:
+        """What refresh leaves for flow."""
+        return {graphs.HIDDEN: self.hidden[:count], graphs.QUERIES: self.queries[:count]}
+
+    def rings_out(self) -> dict[str, Tensor]:
+        """The rings as refresh gives them back."""
+        return self._rings(graphs.ring_out)
 
     def _rings(self, name: Callable[[graphs.Kind, int], str]) -> dict[str, Tensor]:
         return {
@@ -163,12 +172,14 @@ class ExportedRollout:
         self._rows = {timestep: row for row, timestep in enumerate(timesteps)}
         slots = slots or self._blocks.slots
         self._buffers = Buffers.of(runner, config, sizes.later, slots, grid.tokens, len(timesteps))
+        self._sinks = SinkKeys(config, ring, self._buffers.rings[0], grid.tokens)
+        self._masked = self._blocks.has_holes
         self._count = 0
         self._fill_tables(timesteps)
         # Bound here, not when they are first run: a stream allocates nothing on its way.
         counts = {grid.tokens * size for size in (sizes.first, sizes.later)}
-        self._steps = {count: self._bind(count, refresh=False) for count in counts}
-        self._refreshes = {count: self._bind(count, refresh=True) for count in counts}
+        self._refreshes = {count: self._bind_refresh(count) for count in counts}
+        self._flows = {count: self._bind_flow(count) for count in counts}
         self._read_text = runner.bind("text_kv", {graphs.EMBEDS: self._buffers.embeds}, self._buffers.text_outputs())
 
     @torch.inference_mode()
@@ -180,39 +191,64 @@ class ExportedRollout:
     def place(self, plan: ChunkPlan) -> None:
         buffers, grid, tokens = self._buffers, self._grid, self._grid.tokens
         self._count = len(plan.frames) * tokens
+        if plan.frames.start == 0:  # the ring is filled anew, perhaps by other sizes
+            self._blocks = replace(self._blocks, sizes=replace(self._blocks.sizes, first=len(plan.frames)))
         place = self._blocks.plan(plan)
+        self._sinks.place(plan.sink_shift, self._blocks.sinks)
         buffers.write_at.fill_(place.slot * tokens)
         buffers.valid.fill_(plan.visible * tokens)
-        if self._blocks.has_holes:
+        if self._masked:
             slots = torch.zeros(buffers.visible.shape[1] // tokens, dtype=torch.bool)
             slots[list(place.visible)] = True
             buffers.visible.copy_(slots.repeat_interleave(tokens)[None])
-        phases = rotary_phases(self._config, plan.frames, grid.rows, grid.columns, buffers.cos.device)[:, 0]
+        phases = rotary_phases(self._config, plan.positions, grid.rows, grid.columns, buffers.cos.device)[:, 0]
         buffers.cos[: self._count] = phases.real
         buffers.sin[: self._count] = phases.imag
 
     @torch.inference_mode()
     def flow(self, tokens: Tensor, timestep: float) -> Tensor:
         """The flow lies in a buffer that the next pass writes to."""
-        self._run(self._steps[self._count], tokens, timestep)
+        self.refresh(tokens, timestep)
+        self._flows[self._count]()
         return self._buffers.flow[: self._count]
 
     @torch.inference_mode()
     def refresh(self, tokens: Tensor, timestep: float) -> None:
-        self._run(self._refreshes[self._count], tokens, timestep)
-
-    def _run(self, run: Callable[[], None], tokens: Tensor, timestep: float) -> None:
+        if self._count not in self._refreshes:  # a piece that only the filling of a ring anew comes to
+            self._refreshes[self._count] = self._bind_refresh(self._count)
         self._buffers.tokens[: self._count] = tokens
         self._buffers.step.fill_(self._rows[timestep])
-        run()
+        self._refreshes[self._count]()
 
-    def _bind(self, count: int, *, refresh: bool) -> Callable[[], None]:
-        """A pass over chunks of so many tokens."""
-        buffers, masked = self._buffers, self._blocks.has_holes
-        plain: GraphName = "refresh" if refresh else "step"
-        with_mask: GraphName = "refresh_masked" if refresh else "step_masked"
-        inputs, outputs = buffers.pass_inputs(count, masked), buffers.pass_outputs(count, refresh)
-        return self._runner.bind(with_mask if masked else plain, inputs, outputs)
+    def state(self) -> dict[str, Tensor]:
+        keys, values = self._buffers.rings
+        return {"k": keys, "v": values, "first": torch.tensor(self._blocks.sizes.first), **self._sinks.state()}
+
+    @torch.inference_mode()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """As Rollout.load_state. Raises SnapshotError where the ring is of another length: plans choose their own."""
+        for ring, kept in zip(self._buffers.rings, (state["k"], state["v"]), strict=True):
+            if ring.shape != kept.shape:
+                raise SnapshotError(
+                    f"the snapshot's ring has {kept.shape[-2]} tokens and this one {ring.shape[-2]}; "
+                    "go on where the same plans are"
+                )
+            ring.copy_(kept)
+        self._blocks = replace(self._blocks, sizes=replace(self._blocks.sizes, first=int(state["first"])))
+        self._sinks.load_state(state)
+
+    def _bind_refresh(self, count: int) -> Callable[[], None]:
+        """For chunks of so many tokens."""
+        buffers = self._buffers
+        graph: GraphName = "refresh_masked" if self._masked else "refresh"
+        outputs = {**buffers.left_for_flow(count), **buffers.rings_out()}
+        return self._runner.bind(graph, buffers.pass_inputs(count, self._masked), outputs)
+
+    def _bind_flow(self, count: int) -> Callable[[], None]:
+        buffers = self._buffers
+        graph: GraphName = "flow_masked" if self._masked else "flow"
+        inputs = {**buffers.pass_inputs(count, self._masked), **buffers.left_for_flow(count)}
+        return self._runner.bind(graph, inputs, {graphs.FLOW: buffers.flow[:count]})
 
     @torch.inference_mode()
     def _fill_tables(self, timesteps: tuple[float, ...]) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from sfrt import graphs
 from sfrt.backends.exported import Runner
 from sfrt.config import DecoderConfig, TaehvConfig, Umt5Config
+from sfrt.decoders import spans_to_encode
 from sfrt.decoders.taehv import TIME
 from sfrt.graphs import GraphName
-
-ENCODED_TOGETHER = 3
-"""Latent frames encoded at once: bounds the memory of a long clip and changes nothing in the result."""
 
 State = tuple[Tensor, ...]
 """What a graph leaves for the next chunk, in running order."""
@@ -32,24 +28,20 @@ class ExportedDecoder:
         graph: GraphName = "decoder_first" if state is None else "decoder"
         return self._run(graph, graphs.LATENTS, latents, graphs.PIXELS, state or ())
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """As Decoder.encode: pixels [1, F, 3, H, W] to float32 latents [1, 1 + k, C, H/8, W/8]."""
-        frames, several = pixels.shape[1], ENCODED_TOGETHER * self._in_time
-        # The first latent frame of a video is a single pixel frame.
-        bounds = [0, *range(several - self._in_time + 1, frames, several), frames]
-        graph: GraphName = "encoder_first"
-        state: State = ()
+    def encode(self, pixels: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """As Decoder.encode: pixels [1, F, 3, H, W] to float32 latents [1, T, C, H/8, W/8]."""
         parts = []
-        for start, stop in pairwise(bounds):
-            part, state = self._run(graph, graphs.PIXELS, pixels[:, start:stop], graphs.LATENTS, state)
+        for begin, end in spans_to_encode(pixels.shape[1], self._in_time, start=state is None):
+            graph: GraphName = "encoder_first" if state is None else "encoder"
+            part, state = self._run(graph, graphs.PIXELS, pixels[:, begin:end], graphs.LATENTS, state or ())
             parts.append(part)
-            graph = "encoder"
-        return torch.cat(parts, dim=1)
+        assert state is not None, "there is at least one frame"
+        return torch.cat(parts, dim=1), state
 
-    def encode_groups(self, pixels: Tensor) -> Tensor:
+    def encode_groups(self, pixels: Tensor) -> tuple[Tensor, State]:
         """As Taehv.encode_groups: the plain encoder over pixels [1, 4·T, 3, H, W], with nothing before them."""
-        _, state = self._run("encoder_first", graphs.PIXELS, pixels[:, :1], graphs.LATENTS, ())
-        return self._run("encoder", graphs.PIXELS, pixels, graphs.LATENTS, tuple(map(torch.zeros_like, state)))[0]
+        _, state = self.encode(pixels[:, :1])
+        return self.encode(pixels, tuple(map(torch.zeros_like, state)))
 
     def _run(self, graph: GraphName, given: str, x: Tensor, wanted: str, state: State) -> tuple[Tensor, State]:
         past = {graphs.state_in(index): tensor for index, tensor in enumerate(state)}

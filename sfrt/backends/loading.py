@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from sfrt.backends import Backend, Grid, require_backend
+from sfrt.backends.memory import FRAMES_WITHOUT_WINDOW, text_encoder_need
 from sfrt.bundle import Bundle, DTypeName, Manifest, Part
 from sfrt.decoders import Decoder, decoder_dtype, load_decoder
-from sfrt.device import dtype_name, require_memory
+from sfrt.device import dtype_name
+from sfrt.ops.attention import ATTENTION, workload
+from sfrt.ops.choice import Ops, Pins
 from sfrt.text import TextEncoder, load_text_encoder, load_tokenizer
 
 if TYPE_CHECKING:
@@ -20,8 +23,6 @@ if TYPE_CHECKING:
     from sfrt.backends.tensorrt.running import PlanRunner
 
 _MOST_SCORES = 256 << 20
-_FRAMES_WITHOUT_WINDOW = 21
-"""Latent frames of the clips that models without a window were trained on."""
 
 
 def choose_backend(bundle: Bundle, name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -47,47 +48,66 @@ def _score_bytes(manifest: Manifest) -> int:
     """What the attention scores of a pass take in float32, in the bundle's own stream: heads · queries · keys."""
     model, stream = manifest.model, manifest.stream
     tokens = Grid.of(model, stream).tokens
-    return 4 * model.num_heads * stream.chunk * tokens * (stream.window or _FRAMES_WITHOUT_WINDOW) * tokens
+    return 4 * model.num_heads * stream.chunk * tokens * (stream.window or FRAMES_WITHOUT_WINDOW) * tokens
+
+
+def ops_for(manifest: Manifest, device: torch.device, dtype: torch.dtype, pins: Pins | None = None) -> Ops:
+    """The implementations that a bundle's model runs with; those to be measured are, at its own stream's sizes.
+
+    pins name some; None takes them from SFRT_OPS. Raises ConfigError for a pin that cannot be kept.
+    """
+    model, stream = manifest.model, manifest.stream
+    tokens = Grid.of(model, stream).tokens
+    keys = (stream.window or FRAMES_WITHOUT_WINDOW) * tokens
+    return Ops(
+        device, pins, dtype, {ATTENTION.name: workload(stream.chunk * tokens, keys, model.num_heads, model.head_dim)}
+    )
 
 
 def transformer_of(
-    bundle: Bundle, backend: str, device: torch.device, dtype: torch.dtype, *, verify: bool = True
+    bundle: Bundle,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    ops: Ops | None = None,
+    verify: bool = True,
 ) -> Backend:
-    """The model itself.
+    """The model itself; ops are what the torch backend runs with.
 
     Raises ConfigError, BundleError or DeviceError where backend, bundle and machine do not fit each other.
     """
     config = bundle.manifest.model
-    stored: torch.dtype = getattr(torch, bundle.manifest.dtype)
     quantization = bundle.manifest.quantization
-    growth = dtype.itemsize / stored.itemsize if quantization is None else 1.0  # quantised weights stay as small
-    # Under ONNX Runtime step and refresh are sessions of their own, each with the weights as its kernels want them.
-    copies = 2 if backend.startswith("onnx") else 1
-    _require_memory(bundle, "transformer", "the transformer", device, copies * growth)
     if backend == "torch":
         from sfrt.backends.torch import TorchBackend
 
         weights = bundle.load("transformer", device, dtype, verify=verify)
-        return TorchBackend(config, weights, device, dtype, quantization)
+        return TorchBackend(config, weights, device, dtype, quantization, ops)
     if backend == "tensorrt":
         from sfrt.backends.tensorrt import TensorrtBackend
 
-        return TensorrtBackend(_plans(bundle, device, dtype), bundle)
+        return TensorrtBackend(_plans(bundle, device, dtype), config)
     from sfrt.backends.exported import ExportedBackend
 
     return ExportedBackend(_graphs(bundle, "transformer", backend, device, dtype, verify), config)
 
 
 def decoder_of(
-    bundle: Bundle, backend: str, device: torch.device, dtype: torch.dtype, *, verify: bool = True
+    bundle: Bundle,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    ops: Ops | None = None,
+    verify: bool = True,
 ) -> Decoder | None:
-    """The autoencoder; None where the bundle has none."""
+    """The autoencoder; None where the bundle has none. ops are what the torch backend runs with."""
     part = bundle.manifest.decoder
     if part is None:
         return None
-    _require_memory(bundle, "decoder", "the decoder", device)
     if backend == "torch":
-        return load_decoder(part.config, bundle.load("decoder", device, verify=verify), device, dtype)
+        return load_decoder(part.config, bundle.load("decoder", device, verify=verify), device, dtype, ops)
     from sfrt.backends.exported_parts import ExportedDecoder
 
     dtype = decoder_dtype(part.config, device, dtype)
@@ -101,7 +121,7 @@ def text_encoder_of(bundle: Bundle, backend: str, device: torch.device, *, verif
 
     ONNX Runtime takes over where it can run the graph of that dtype, torch elsewhere: it runs once a prompt.
     """
-    _require_memory(bundle, "text_encoder", "the text encoder", device)
+    text_encoder_need(bundle.manifest).require("the text encoder", device)
     config = bundle.manifest.text_encoder
     stored = bundle.stored_dtype("text_encoder") if config is not None else None
     if backend.startswith("onnx") and config is not None and stored is not None and stored in bundle.manifest.graphs:
@@ -125,21 +145,15 @@ def _graphs(
 
 
 def _plans(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> PlanRunner:
+    from sfrt.backends.tensorrt.plans import Origin
     from sfrt.backends.tensorrt.running import PlanRunner
 
-    return PlanRunner(bundle, device, _name(dtype))
+    return PlanRunner(Origin.of(bundle), device, _name(dtype))
 
 
 def _provider(backend: str) -> str | None:
     """The "cuda" of "onnx:cuda"."""
     return backend.partition(":")[2] or None
-
-
-def _require_memory(bundle: Bundle, part: Part, what: str, device: torch.device, growth: float = 1.0) -> None:
-    """Raise DeviceError where a part's tensors, `growth` times their size on disk, do not fit."""
-    info = bundle.manifest.files.get(f"{part}.safetensors")
-    if info is not None:
-        require_memory(round(info.bytes * growth), what, device)
 
 
 def _name(dtype: torch.dtype) -> DTypeName:

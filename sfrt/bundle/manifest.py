@@ -7,15 +7,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sfrt.bundle.quantization import Quantization
 from sfrt.bundle.schema import SchemaError, from_json, to_json
-from sfrt.config import ModelConfig, StreamConfig, TaehvConfig, Umt5Config, WanVaeConfig
+from sfrt.config import DecoderConfig, ModelConfig, StreamConfig, TaehvConfig, Umt5Config, WanVaeConfig
 from sfrt.errors import BundleError, ConfigError
 from sfrt.graphs import graph_files
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 
@@ -29,6 +29,9 @@ HOW_TO_ADD = {
     TOKENIZER: _ADD_TEXT,
 }
 _ADD_GRAPHS = "export the checkpoint again with --onnx"
+_STREAM_SINCE_2 = {"positions": "absolute", "refresh": "rolling"}
+"""What version 2 added to a stream's settings, as all streams were before."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
@@ -117,14 +120,29 @@ class Manifest:
         )
 
     def graph_dtypes(self, part: str) -> tuple[DTypeName, ...]:
-        """The dtypes of a part's graphs; a TAEHV beside a bfloat16 model is in float16 (see sfrt.decoders)."""
-        if part != "decoder" or not isinstance(self.decoder, TaehvPart):
-            return self.graphs
-        return tuple(dict.fromkeys("float16" if dtype == "bfloat16" else dtype for dtype in self.graphs))
+        """The dtypes of a part's graphs."""
+        return tuple(dict.fromkeys(self.graph_dtype(part, dtype) for dtype in self.graphs))
+
+    def graph_dtype(self, part: str, dtype: DTypeName) -> DTypeName:
+        """The dtype of a part's graphs beside a model's in `dtype`; those in bfloat16 are for GPUs."""
+        if part != "decoder" or self.decoder is None:
+            return dtype
+        return dtype_beside(self.decoder.config, dtype, on_gpu=True)
 
     def dumps(self) -> str:
         """The text of manifest.json."""
         return json.dumps(to_json(self), indent=2) + "\n"
+
+
+def dtype_beside(config: DecoderConfig, dtype: DTypeName, *, on_gpu: bool) -> DTypeName:
+    """The dtype an autoencoder runs in beside a model in `dtype`.
+
+    TAEHV has no norms, so bfloat16's rounding adds up to several per cent of its pixels; it runs in float16, as it was
+    published, where that is fast, and in float32 on a CPU.
+    """
+    if isinstance(config, TaehvConfig) and dtype == "bfloat16":
+        return "float16" if on_gpu else "float32"
+    return dtype
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -137,7 +155,7 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path} is not JSON ({error}); export the checkpoint again") from None
     _check_version(path, data)
     try:
-        manifest = from_json(Manifest, data)
+        manifest = from_json(Manifest, _brought_up(data))
     except SchemaError as error:
         raise BundleError(f"{path}: {error}; correct it or export the checkpoint again") from None
     _check_files(path, manifest.files, manifest.expected_files())
@@ -159,6 +177,13 @@ def _check_version(path: Path, data: object) -> None:
             f"{path}: schema_version is {version} and this sfrt reads up to {SCHEMA_VERSION}; "
             "update sfrt or export the checkpoint again with it"
         )
+
+
+def _brought_up(data: dict[str, Any]) -> dict[str, Any]:
+    """The data of a manifest of any version that is read, as this version has it."""
+    if data["schema_version"] == SCHEMA_VERSION or not isinstance(data.get("stream"), dict):
+        return data
+    return {**data, "schema_version": SCHEMA_VERSION, "stream": {**_STREAM_SINCE_2, **data["stream"]}}
 
 
 def _check_files(path: Path, files: Mapping[str, FileInfo], expected: tuple[str, ...]) -> None:

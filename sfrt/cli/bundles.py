@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sfrt.cli.options import given_settings, json_option, stream_options
-from sfrt.errors import BundleError
 
 if TYPE_CHECKING:
     from sfrt.bundle import Bundle, Manifest, Quantization
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 @click.option("--taehv", metavar="FILE", help="taew2_1.pth, to decode with instead: much faster, a little softer.")
 @click.option("--text-encoder", metavar="FILE", help="models_t5_umt5-xxl-enc-bf16.pth")
 @click.option("--tokenizer", metavar="FILE", help="The text encoder's tokenizer.json, or its folder.")
-@click.option("--dtype", help="Convert the transformer: float32, bfloat16 or float16.")
+@click.option("--dtype", help="Convert the transformer, and build plans in: float32, bfloat16 or float16.")
 @click.option("--onnx", is_flag=True, help="Write ONNX graphs too, in float32, bfloat16 and the dtype that is stored.")
 @click.option("--onnx-dtype", multiple=True, help="Write ONNX graphs in this dtype instead; may be repeated.")
 @click.option("--quantize", help="Keep the big weights in 8 bits: int8, float8 or float8-static.")
 @click.option("--force", is_flag=True, help="Quantise whatever the quality gate says.")
 @click.option("--tensorrt", is_flag=True, help="Build TensorRT plans for this machine's GPU from the graphs as well.")
 @click.option("--any-start", is_flag=True, help="Plans for streams that go on from pictures and clips, too.")
+@click.option("--frames", type=int, help="Plans for streams of at most so many latent frames: those without a window.")
 @click.option("--heads", type=int, help="Attention heads, where they are not 128 wide.")
 @click.option("--text-len", type=int, help="Text slots, where they are not 512.")
 @stream_options
@@ -55,6 +56,7 @@ def export(
     onnx_dtype: tuple[Any, ...],
     tensorrt: bool,
     any_start: bool,
+    frames: int | None,
     quantize: Any,
     force: bool,
     heads: int | None,
@@ -64,13 +66,16 @@ def export(
 ) -> None:
     """Turn a published CHECKPOINT into a bundle.
 
-    A bundle in its place becomes a quantised one with --quantize, or gets plans for this machine's GPU with --tensorrt.
+    A bundle in its place becomes a quantised one with --quantize, or gets plans for this machine's GPU with --tensorrt:
+    for its own stream, or for the one that --height, --width, --window and so on make of it.
     """
     from sfrt.bundle import Bundle
     from sfrt.bundle.manifest import MANIFEST
-    from sfrt_export.export import export_checkpoint, quantize_bundle
+    from sfrt_export.export import export_checkpoint
+    from sfrt_export.quantized_bundle import quantize_bundle
 
     is_bundle = (Path(checkpoint) / MANIFEST).is_file()
+    stream = given_settings(settings)
     options: dict[str, Any] = {
         "family": family,
         "ema": ema,
@@ -82,40 +87,47 @@ def export(
         "tokenizer": tokenizer,
         "heads": heads,
         "text_len": text_len,
-        "stream": given_settings(settings),
-        "dtype": dtype,
-        "onnx": () if is_bundle else onnx_dtype or (True if onnx or tensorrt else ()),
     }
-    settled = onnx or onnx_dtype or any(value not in (None, (), {}) for value in options.values())
-    if is_bundle and (settled or bool(quantize) != (output is not None) or not (quantize or tensorrt)):
-        raise click.UsageError(
-            f"{checkpoint} is a bundle: give --quantize with -o DIR, or --tensorrt, and no settings of an export"
-        )
-    if output is not None:
-        with _StageBars() as bars:
-            if is_bundle:
-                bundle = quantize_bundle(Bundle.open(checkpoint), output, quantize, force=force, progress=bars)
-            else:
-                bundle = export_checkpoint(checkpoint, output, **options, quantize=quantize, force=force, progress=bars)
-    elif is_bundle:
-        bundle = Bundle.open(checkpoint)
-    else:
+    if is_bundle:
+        of_checkpoint = any(value is not None for value in options.values()) or onnx or onnx_dtype
+        if of_checkpoint or bool(quantize) != (output is not None) or not (quantize or tensorrt):
+            raise click.UsageError(
+                f"{checkpoint} is a bundle: give --quantize with -o DIR, or --tensorrt, and no settings of an export"
+            )
+    elif output is None:
         raise click.UsageError("give the new bundle a folder: -o DIR")
+    if not tensorrt:
+        of_bundle = {"dtype": dtype, **settings} if is_bundle else {}
+        _refuse({"any-start": any_start or None, "frames": frames, **of_bundle}, "without --tensorrt")
+    if quantize is None:
+        _refuse({"force": force or None}, "without --quantize")
+    with _StageBars() as bars:
+        if output is None:
+            bundle = Bundle.open(checkpoint)
+        elif is_bundle:
+            bundle = quantize_bundle(Bundle.open(checkpoint), output, quantize, force=force, progress=bars)
+        else:
+            options |= {"stream": stream, "dtype": dtype, "onnx": onnx_dtype or (True if onnx or tensorrt else ())}
+            bundle = export_checkpoint(checkpoint, output, **options, quantize=quantize, force=force, progress=bars)
     click.echo(bundle.manifest.dumps() if as_json else _describe(bundle.manifest))
     if tensorrt:
-        _build_plans(bundle, any_start)
+        _build_plans(bundle, stream, dtype, frames, any_start)
 
 
-def _build_plans(bundle: Bundle, any_start: bool) -> None:
-    """Plans in the dtype that a GPU streams in by default, or in what else there are graphs in."""
+def _refuse(options: Mapping[str, object], where: str) -> None:
+    """Raise UsageError for one that is given where it would say nothing."""
+    for name, value in options.items():
+        if value is not None:
+            raise click.UsageError(f"--{name.replace('_', '-')} says nothing {where}; give both, or leave it out")
+
+
+def _build_plans(bundle: Bundle, stream: dict[str, Any], dtype: Any, frames: int | None, any_start: bool) -> None:
+    """Plans for the bundle's stream with these settings changed."""
     from sfrt_export.tensorrt_plan import PlanSettings, build_plans
 
-    dtypes = [dtype for dtype in ("bfloat16", "float16", "float32") if dtype in bundle.manifest.graphs]
-    if not dtypes:
-        raise BundleError(
-            f"the bundle {bundle.path} has no ONNX graphs to build plans from; export the checkpoint again with --onnx"
-        )
-    for path in build_plans(bundle, settings=PlanSettings(dtype=dtypes[0], any_start=any_start)):
+    changed = dataclasses.replace(bundle.manifest.stream, **stream)
+    wanted = PlanSettings(dtype=dtype, stream=changed, frames=frames, any_start=any_start)
+    for path in build_plans(bundle, settings=wanted):
         click.echo(path, err=True)  # standard output may be the manifest's
 
 
@@ -159,7 +171,18 @@ def info(directory: str | None, as_json: bool) -> None:
     from sfrt.bundle import Bundle, resolve_model
 
     manifest = Bundle.open(resolve_model(directory)).manifest
-    click.echo(manifest.dumps() if as_json else _describe(manifest))
+    click.echo(manifest.dumps() if as_json else "\n".join((_describe(manifest), _memory(manifest))))
+
+
+def _memory(manifest: Manifest) -> str:
+    """What it takes with one stream of its own, on the torch backend."""
+    from sfrt.backends.memory import Setting, whole_need
+
+    settings = {"a GPU": Setting("torch", "bfloat16", on_gpu=True), "a CPU": Setting("torch", "float32", on_gpu=False)}
+    return "\n".join(
+        f"needs {whole_need(manifest, manifest.stream, setting)} ({setting.dtype}, on {name})"
+        for name, setting in settings.items()
+    )
 
 
 def _describe(manifest: Manifest) -> str:
@@ -201,6 +224,11 @@ def _rarities(stream: StreamConfig) -> dict[str, str]:
         rows["first chunk"] = f"{stream.first_chunk} of {stream.chunk} latent frames"
     if stream.first_steps is not None:
         rows["first steps"] = _listed(stream.first_steps)
+    if stream.positions == "window":
+        rows["positions"] = "relative to the window"
+    if stream.refresh != "rolling":
+        picture = ", its first one as a picture" if stream.refresh == "reencode" else ""
+        rows["refresh"] = f"all frames in view anew before every chunk{picture}"
     if stream.context_noise:
         rows["context noise"] = f"{stream.context_noise:g}"
     return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sfrt.video.reading import read_frames
+from sfrt.video.reading import read_frames, stream_frames
 from sfrt.video.writing import Frames, VideoWriter, check_target, open_writer
 
-__all__ = ["Frames", "VideoWriter", "check_target", "open_writer", "read_frames"]
+__all__ = ["Frames", "VideoWriter", "check_target", "open_writer", "read_frames", "stream_frames"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import islice
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,35 +26,61 @@ if TYPE_CHECKING:
 def read_frames(
     path: str | os.PathLike[str], *, height: int, width: int, fps: int = 16, max_frames: int | None = None
 ) -> Tensor:
-    """Read a picture (one frame) or a clip, brought to the stream's rate, cut around its centre and resized to fit.
+    """A whole picture or clip, as `stream_frames` gives it: float32 [F, 3, height, width] in [0, 1].
 
-    A picture that moves (WebP, APNG) is a clip. Returns float32 [F, 3, height, width] in [0, 1]; decoding stops after
-    max_frames. Raises MediaError when the file is missing, damaged or no picture at all.
+    Decoding stops after max_frames. Raises MediaError as `stream_frames` does.
+    """
+    frames = np.stack(list(islice(stream_frames(path, height=height, width=width, fps=fps), max_frames)))
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().div(255)
+
+
+def stream_frames(
+    path: str | os.PathLike[str], *, height: int, width: int, fps: int = 16
+) -> Iterator[NDArray[np.uint8]]:
+    """A picture (one frame) or a clip, brought to the stream's rate, cut around its centre and resized to fit.
+
+    A picture that moves (WebP, APNG) is a clip. Gives uint8 [height, width, 3], each decoded when it is asked for; only
+    the first one at once, so that a file that is missing, damaged or no picture at all raises MediaError here. Damage
+    further on does so on the way.
     """
     path = Path(path)
     if not path.is_file():
         raise MediaError(f"cannot read {path}: there is no such file")
-    frames = _read_picture(path, height, width, fps, max_frames)
-    if frames is None:
-        frames = _read_clip(path, height, width, fps, max_frames)
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().div(255)
+    frames = _clip(path, height, width, fps) if _is_clip(path) else _pictures(path, height, width, fps)
+    return chain((next(frames),), frames)
 
 
-def _read_picture(path: Path, height: int, width: int, fps: int, max_frames: int | None) -> NDArray[np.uint8] | None:
-    """[F, height, width, 3], or None where it is PyAV's: a GIF that moves, or no picture."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+@contextmanager
+def _pictures_told(path: Path) -> Iterator[None]:
+    """Turn what Pillow finds wrong with a file into a MediaError."""
+    from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            if image.format == "GIF" and getattr(image, "is_animated", False):
-                return None
-            upright = (ImageOps.exif_transpose(each).convert("RGB") for each in islice(_shown(image, fps), max_frames))
-            fitted = [ImageOps.fit(each, (width, height), method=Image.Resampling.LANCZOS) for each in upright]
-    except UnidentifiedImageError:
-        return None
+        yield
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MediaError(f"cannot read the picture {path}: {error}") from error
-    return np.stack([np.array(each) for each in fitted])
+
+
+def _is_clip(path: Path) -> bool:
+    """Whether a file is PyAV's: a GIF that moves, or no picture."""
+    from PIL import Image, UnidentifiedImageError
+
+    with _pictures_told(path):
+        try:
+            with Image.open(path) as image:
+                return image.format == "GIF" and bool(getattr(image, "is_animated", False))
+        except UnidentifiedImageError:
+            return True
+
+
+def _pictures(path: Path, height: int, width: int, fps: int) -> Iterator[NDArray[np.uint8]]:
+    """Each [height, width, 3]."""
+    from PIL import Image, ImageOps
+
+    with _pictures_told(path), Image.open(path) as image:
+        for each in _shown(image, fps):
+            upright = ImageOps.exif_transpose(each).convert("RGB")
+            yield np.array(ImageOps.fit(upright, (width, height), method=Image.Resampling.LANCZOS))
 
 
 def _shown(image: ImageFile, fps: int) -> Iterator[ImageFile]:
@@ -72,20 +99,22 @@ def _shown(image: ImageFile, fps: int) -> Iterator[ImageFile]:
             shown += 1
 
 
-def _read_clip(path: Path, height: int, width: int, fps: int, max_frames: int | None) -> NDArray[np.uint8]:
-    """[F, height, width, 3]."""
+def _clip(path: Path, height: int, width: int, fps: int) -> Iterator[NDArray[np.uint8]]:
+    """Each [height, width, 3], at least one."""
     av = pyav(str(path))
+    some = False
     try:
         with av.open(os.path.abspath(path)) as container:  # in full: 12:30.mp4 would be taken for a protocol
             if not container.streams.video:
                 raise MediaError(f"cannot read {path}: there is no picture in it")
-            frames = [frame.to_ndarray() for frame in islice(_fitted(container, height, width, fps), max_frames)]
+            for frame in _fitted(container, height, width, fps):
+                some = True
+                yield np.asarray(frame.to_ndarray(), dtype=np.uint8)
     except (OSError, av.FFmpegError) as error:
         reason = getattr(error, "strerror", None) or error
         raise MediaError(f"cannot read {path} as a picture or a video: {reason}") from error
-    if not frames:
+    if not some:
         raise MediaError(f"cannot read {path}: the video has no frames")
-    return np.stack(frames)
 
 
 def _fitted(container: InputContainer, height: int, width: int, fps: int) -> Iterator[VideoFrame]:

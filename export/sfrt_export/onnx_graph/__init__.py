@@ -14,7 +14,7 @@ from sfrt.graphs import GraphName, graph_file
 from sfrt_export.onnx_graph import taehv, wan_vae
 from sfrt_export.onnx_graph.builder import ExternalWeights
 from sfrt_export.onnx_graph.text_encoder import text_encoder_graph
-from sfrt_export.onnx_graph.transformer import modulation_graph, pass_graph, text_kv_graph
+from sfrt_export.onnx_graph.transformer import flow_graph, modulation_graph, refresh_graph, step_graph, text_kv_graph
 
 Graphs = Iterator[tuple[GraphName, onnx.ModelProto]]
 
@@ -22,10 +22,11 @@ Graphs = Iterator[tuple[GraphName, onnx.ModelProto]]
 def transformer_graphs(config: ModelConfig, folder: Path, dtype: DTypeName) -> Graphs:
     """The graphs over transformer.safetensors in the folder."""
     weights = ExternalWeights(folder / "transformer.safetensors")
-    yield "step", pass_graph(config, weights, dtype, refresh=False, masked=False)
-    yield "step_masked", pass_graph(config, weights, dtype, refresh=False, masked=True)
-    yield "refresh", pass_graph(config, weights, dtype, refresh=True, masked=False)
-    yield "refresh_masked", pass_graph(config, weights, dtype, refresh=True, masked=True)
+    yield "refresh", refresh_graph(config, weights, dtype, masked=False)
+    yield "refresh_masked", refresh_graph(config, weights, dtype, masked=True)
+    yield "flow", flow_graph(config, weights, dtype, masked=False)
+    yield "flow_masked", flow_graph(config, weights, dtype, masked=True)
+    yield "step", step_graph(config, weights, dtype)
     yield "modulation", modulation_graph(config, weights, dtype)
     yield "text_kv", text_kv_graph(config, weights, dtype)
 

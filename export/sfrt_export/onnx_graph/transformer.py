@@ -16,26 +16,32 @@ _FLOAT, _INT64, _BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 _TOKENS, _RING, _STEPS = "tokens", "ring", "steps"  # sizes known when the graph runs
 
 
-def pass_graph(
-    config: ModelConfig, weights: ExternalWeights, dtype: DTypeName, *, refresh: bool, masked: bool
-) -> onnx.ModelProto:
-    """`step`, or `refresh`, which ends where the last layer's keys and values are; masked: see sfrt.graphs."""
-    return _Pass(config, GraphBuilder(weights, dtype), masked).build(refresh)
+def refresh_graph(config: ModelConfig, weights: ExternalWeights, dtype: DTypeName, *, masked: bool) -> onnx.ModelProto:
+    """`refresh`, which ends where the last layer's keys and values are; masked: see sfrt.graphs."""
+    return _Pass(config, GraphBuilder(weights, dtype), masked, range(config.num_layers)).refresh()
+
+
+def flow_graph(config: ModelConfig, weights: ExternalWeights, dtype: DTypeName, *, masked: bool) -> onnx.ModelProto:
+    """`flow`: the last layer from its attention on, and the head."""
+    return _Pass(config, GraphBuilder(weights, dtype), masked, range(config.num_layers)[-1:]).flow()
+
+
+def step_graph(config: ModelConfig, weights: ExternalWeights, dtype: DTypeName) -> onnx.ModelProto:
+    """`step`: both in one."""
+    return _Pass(config, GraphBuilder(weights, dtype), False, range(config.num_layers)).step()
 
 
 class _Pass:
-    """One pass over a chunk. x is [L, D]; queries, keys and values are [1, H, L, d]."""
+    """All or part of a pass over a chunk, with the rings of `layers`. x is [L, D]; queries, keys, values are [1, H, L, d]."""
 
-    def __init__(self, config: ModelConfig, builder: GraphBuilder, masked: bool) -> None:
+    def __init__(self, config: ModelConfig, builder: GraphBuilder, masked: bool, layers: range) -> None:
         self._config = config
         self._builder = builder
         heads, d = config.num_heads, config.head_dim
-        self._tokens = builder.input(graphs.TOKENS, [_TOKENS, config.token_dim], _FLOAT)
         self._step = builder.input(graphs.STEP, [], _INT64)
         self._modulation = self._table(graphs.MODULATION_BLOCKS, 6 * config.num_layers)
         self._cos = builder.input(graphs.ROTARY_COS, [1, _TOKENS, d // 2], _FLOAT)
         self._sin = builder.input(graphs.ROTARY_SIN, [1, _TOKENS, d // 2], _FLOAT)
-        self._write_at = builder.input(graphs.WRITE_AT, [1], _INT64)
         self._mask: ir.Value | None = None
         self._valid: ir.Value | None = None
         if masked:
@@ -45,51 +51,76 @@ class _Pass:
         self._ring_shape: list[Dimension] = [1, heads, _RING, d]
         self._rings = {
             (kind, layer): builder.input(graphs.ring_in(kind, layer), self._ring_shape)
-            for layer in range(config.num_layers)
+            for layer in layers
             for kind in KINDS
         }
 
-    def build(self, refresh: bool) -> onnx.ModelProto:
+    def refresh(self) -> onnx.ModelProto:
+        for name, value in zip((graphs.HIDDEN, graphs.QUERIES), self._until_last_attention(), strict=True):
+            self._builder.output(name, value, [_TOKENS, self._config.dim])
+        self._give_rings_back()
+        return self._model("refresh")
+
+    def flow(self) -> onnx.ModelProto:
+        shape: list[Dimension] = [_TOKENS, self._config.dim]
+        x, queries = (self._builder.input(name, shape) for name in (graphs.HIDDEN, graphs.QUERIES))
+        self._from_last_attention(x, queries)
+        return self._model("flow")
+
+    def step(self) -> onnx.ModelProto:
+        self._from_last_attention(*self._until_last_attention())
+        self._give_rings_back()
+        return self._model("step")
+
+    def _until_last_attention(self) -> tuple[ir.Value, ir.Value]:
+        """The last layer's input and queries; its keys and values are in the rings."""
         builder, config = self._builder, self._config
-        x = builder.linear(builder.cast(self._tokens, builder.dtype), "patch_embedding")
+        tokens = builder.input(graphs.TOKENS, [_TOKENS, config.token_dim], _FLOAT)
+        write_at = builder.input(graphs.WRITE_AT, [1], _INT64)
+        x = builder.linear(builder.cast(tokens, builder.dtype), "patch_embedding")
         last = config.num_layers - 1
         for layer in range(last):
-            x = self._block(x, layer)
-        if refresh:
-            shift, scale = self._rows(self._modulation, range(6 * last, 6 * last + 2))
-            self._store(x, last, shift, scale)
-        else:
-            shift, scale = self._rows(self._table(graphs.MODULATION_HEAD, 2), range(2))
-            flow = builder.linear(self._norm(self._block(x, last), shift, scale), "head.linear")
-            builder.output(graphs.FLOW, builder.cast(flow, _FLOAT), [_TOKENS, config.token_dim], _FLOAT)
-        for (kind, layer), ring in self._rings.items():
-            builder.output(graphs.ring_out(kind, layer), ring, self._ring_shape)
-        return builder.model(("refresh" if refresh else "step") + ("_masked" if self._mask is not None else ""))
+            x = self._attend(x, self._store(x, layer, write_at), layer)
+        return x, self._store(x, last, write_at)
 
-    def _block(self, x: ir.Value, layer: int) -> ir.Value:
+    def _from_last_attention(self, x: ir.Value, queries: ir.Value) -> None:
+        builder, config = self._builder, self._config
+        shift, scale = self._rows(self._table(graphs.MODULATION_HEAD, 2), range(2))
+        x = self._attend(x, queries, config.num_layers - 1)
+        flow = builder.linear(self._norm(x, shift, scale), "head.linear")
+        builder.output(graphs.FLOW, builder.cast(flow, _FLOAT), [_TOKENS, config.token_dim], _FLOAT)
+
+    def _give_rings_back(self) -> None:
+        for (kind, layer), ring in self._rings.items():
+            self._builder.output(graphs.ring_out(kind, layer), ring, self._ring_shape)
+
+    def _model(self, name: str) -> onnx.ModelProto:
+        return self._builder.model(name if self._mask is None else f"{name}_masked")
+
+    def _store(self, x: ir.Value, layer: int, write_at: ir.Value) -> ir.Value:
+        """Write the chunk's keys and values to the rings of this layer; its queries [L, D] are left to be normed."""
+        builder, name = self._builder, f"blocks.{layer}.self_attn"
+        shift, scale = self._rows(self._modulation, range(6 * layer, 6 * layer + 2))
+        q, k, v = builder.split(builder.linear(self._norm(x, shift, scale), f"{name}.qkv"), 3, axis=1)
+        keys = self._rotate(self._rms_norm(k, f"{name}.norm_k"))
+        for kind, new in _kinds(keys, self._split_heads(v)):
+            self._rings[kind, layer] = builder.op(
+                "TensorScatter", self._rings[kind, layer], new, write_at, axis=-2, mode="linear"
+            )
+        return q
+
+    def _attend(self, x: ir.Value, queries: ir.Value, layer: int) -> ir.Value:
+        """The rest of this layer: attention over its rings and the prompt, feed-forward."""
         builder, name = self._builder, f"blocks.{layer}"
-        rows = range(6 * layer, 6 * layer + 6)
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self._rows(self._modulation, rows)
-        q = self._rotate(self._rms_norm(self._store(x, layer, shift, scale), f"{name}.self_attn.norm_q"))
+        gate, ffn_shift, ffn_scale, ffn_gate = self._rows(self._modulation, range(6 * layer + 2, 6 * layer + 6))
+        q = self._rotate(self._rms_norm(queries, f"{name}.self_attn.norm_q"))
         k, v = (self._rings[kind, layer] for kind in KINDS)
-        seen = self._attention(q, k, v, self._mask, None, None, self._valid)
-        attended = builder.linear(seen, f"{name}.self_attn.o")
+        attended = builder.linear(self._attention(q, k, v, self._mask, None, None, self._valid), f"{name}.self_attn.o")
         x = builder.op("Add", x, builder.op("Mul", attended, gate))
         x = builder.op("Add", x, self._cross_attention(x, layer))
         hidden = builder.linear(self._norm(x, ffn_shift, ffn_scale), f"{name}.ffn.0")
         hidden = builder.linear(builder.op("Gelu", hidden, approximate="tanh"), f"{name}.ffn.1")
         return builder.op("Add", x, builder.op("Mul", hidden, ffn_gate))
-
-    def _store(self, x: ir.Value, layer: int, shift: ir.Value, scale: ir.Value) -> ir.Value:
-        """Write the chunk's keys and values to the rings of this layer; its queries [L, D] are left to be normed."""
-        builder, name = self._builder, f"blocks.{layer}.self_attn"
-        q, k, v = builder.split(builder.linear(self._norm(x, shift, scale), f"{name}.qkv"), 3, axis=1)
-        keys = self._rotate(self._rms_norm(k, f"{name}.norm_k"))
-        for kind, new in _kinds(keys, self._split_heads(v)):
-            self._rings[kind, layer] = builder.op(
-                "TensorScatter", self._rings[kind, layer], new, self._write_at, axis=-2, mode="linear"
-            )
-        return q
 
     def _cross_attention(self, x: ir.Value, layer: int) -> ir.Value:
         builder, name = self._builder, f"blocks.{layer}"
@@ -141,7 +172,7 @@ class _Pass:
     def _expand_over_queries(self, visible: ir.Value) -> ir.Value:
         """[1, R] → [1, 1, L, R]: attention takes a mask with a row per query."""
         builder = self._builder
-        rows = builder.op("Shape", self._tokens, start=0, end=1)
+        rows = builder.op("Shape", self._cos, start=1, end=2)
         shape = builder.op("Concat", builder.constant([1, 1]), rows, builder.constant([1]), axis=0)
         return builder.op("Expand", visible, shape)
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from sfrt import graphs
 from sfrt.bundle import DTypeName
 from sfrt.config import WanVaeConfig
-from sfrt.decoders.wan_vae import PAST
+from sfrt.ops.causal_input import PAST
 from sfrt_export.onnx_graph.builder import Dimension, ExternalWeights, GraphBuilder
 from sfrt_export.onnx_graph.frames import (
     SAME,

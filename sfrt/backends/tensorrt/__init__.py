@@ -6,7 +6,7 @@ from sfrt.backends import Grid
 from sfrt.backends.exported import ExportedRollout
 from sfrt.backends.tensorrt.plans import HOW_TO_BUILD, shortest_ring
 from sfrt.backends.tensorrt.running import PlanRunner
-from sfrt.bundle import Bundle
+from sfrt.config import ModelConfig
 from sfrt.errors import BundleError
 from sfrt.graphs import GraphName
 from sfrt.ring import BlockRing, ChunkSizes, Ring
@@ -15,11 +15,10 @@ from sfrt.ring import BlockRing, ChunkSizes, Ring
 class TensorrtBackend:
     """The transformer's plans on one GPU, in one dtype."""
 
-    def __init__(self, runner: PlanRunner, bundle: Bundle) -> None:
-        """Raises BundleError where the bundle has no plans for the runner's GPU."""
-        self.config = bundle.manifest.model
+    def __init__(self, runner: PlanRunner, config: ModelConfig) -> None:
+        """Raises BundleError where there are no plans for the runner's GPU."""
+        self.config = config
         self.device = runner.device
-        self._bundle = bundle
         self._runner = runner
         self._runner.plans("text_kv")
 
@@ -32,12 +31,12 @@ class TensorrtBackend:
         return ExportedRollout(self._runner, self.config, grid, ring, sizes, timesteps, slots)
 
     def _slots(self, grid: Grid, blocks: BlockRing) -> int:
-        graph: GraphName = "step_masked" if blocks.has_holes else "step"
+        graph: GraphName = "refresh_masked" if blocks.has_holes else "refresh"
         chunks = [size * grid.tokens for size in (blocks.sizes.first, blocks.sizes.later)]
         ring = shortest_ring(self._runner.plans(graph).values(), chunks, blocks.slots * grid.tokens)
         if ring is None:
             raise BundleError(
-                f"the bundle {self._bundle.path} has no plan of {graph} for chunks of {chunks[-1]} tokens "
+                f"the bundle {self._runner.origin.folder} has no plan of {graph} for chunks of {chunks[-1]} tokens "
                 f"in a ring of {blocks.slots} latent frames; {HOW_TO_BUILD}"
             )
         return ring // grid.tokens

@@ -1,8 +1,8 @@
 """TensorRT plans as files: what each was built from and for, and which of them a machine and a bundle can use.
 
 Neither TensorRT nor torch is needed to read this. A plan file is eight bytes of header length (little-endian), the
-header (a PlanInfo as JSON) and the engine as TensorRT wrote it. Plans lie in a bundle's folder `plans`; they are no
-part of the bundle: each can be built again from it.
+header (a PlanInfo as JSON) and the engine as TensorRT wrote it. Plans lie in the folder `plans` beside the graphs that
+they are built from; they are no part of a bundle: each can be built again from it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sfrt.bundle import Bundle, DTypeName
+from sfrt.bundle import Bundle, DTypeName, FileInfo
 from sfrt.bundle.schema import SchemaError, from_json, to_json
 from sfrt.errors import BundleError
 from sfrt.graphs import OF_PART, GraphName, graph_file
@@ -24,8 +24,8 @@ from sfrt.graphs import OF_PART, GraphName, graph_file
 FOLDER = "plans"
 FORMAT = 1
 HOW_TO_BUILD = (
-    "build plans on this machine: sfrt export BUNDLE --tensorrt (with --any-start for streams that go on from a "
-    "picture), or use the torch backend"
+    "build plans on this machine: sfrt export BUNDLE --tensorrt (with this stream's size and window, and --any-start "
+    "where it goes on from a picture), or use the torch backend"
 )
 
 _LONGEST_HEADER = 1 << 20
@@ -35,6 +35,32 @@ Range = tuple[int, int, int]
 
 Profile = dict[str, Range]
 """What one of TensorRT's optimisation profiles serves: the sizes of a graph by name, and values of inputs by theirs."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What plans are built from: a folder of graphs beside their weights, and what its files are."""
+
+    folder: Path
+    files: Mapping[str, FileInfo]
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Origin:
+        """A bundle's graphs."""
+        return cls(bundle.path, bundle.manifest.files)
+
+    def graph(self, graph: GraphName, dtype: DTypeName) -> str:
+        """The hash of a graph's file."""
+        return self.files[graph_file(graph, dtype)].sha256
+
+    def weights(self, graph: GraphName) -> str:
+        """The hash of a graph's weights."""
+        return self.files[weights_file(graph)].sha256
+
+    @property
+    def plans(self) -> Path:
+        """The folder that plans are kept in."""
+        return self.folder / FOLDER
 
 
 @dataclass(frozen=True)
@@ -91,46 +117,36 @@ class PlanInfo:
             if all(profile[name][0] <= size <= profile[name][2] for name, size in sizes.items())
         ]
 
-    def differs(self, target: Target, bundle: Bundle) -> str | None:
-        """What keeps the plan from running in place of the bundle's graph on this target; None where nothing does."""
+    def differs(self, target: Target, origin: Origin) -> str | None:
+        """What keeps the plan from running in place of the origin's graph on this target; None where nothing does."""
         if self.target != target:
             return f"was built for {self.target}, and here is {target}"
-        if self.graph_sha256 != graph_sha256(bundle, self.graph, self.dtype):
+        if self.graph_sha256 != origin.graph(self.graph, self.dtype):
             return f"was built from another {graph_file(self.graph, self.dtype)} than the bundle's"
-        if self.weights_sha256 != weights_sha256(bundle, self.graph):
+        if self.weights_sha256 != origin.weights(self.graph):
             return f"holds other weights than the bundle's {weights_file(self.graph)}"
         return None
 
 
 def weights_file(graph: GraphName) -> str:
-    """The file of a bundle that holds a graph's weights."""
+    """The file that holds a graph's weights."""
     return next(f"{part}.safetensors" for part, names in OF_PART.items() if graph in names)
 
 
-def weights_sha256(bundle: Bundle, graph: GraphName) -> str:
-    """The hash of a graph's weights, as the manifest has it."""
-    return bundle.manifest.files[weights_file(graph)].sha256
-
-
-def graph_sha256(bundle: Bundle, graph: GraphName, dtype: DTypeName) -> str:
-    """The hash of a graph's file, as the manifest has it."""
-    return bundle.manifest.files[graph_file(graph, dtype)].sha256
-
-
-def usable_plans(bundle: Bundle, graph: GraphName, dtype: DTypeName, target: Target) -> dict[Path, PlanInfo]:
-    """The plans that can stand for a graph of the bundle on this target.
+def usable_plans(origin: Origin, graph: GraphName, dtype: DTypeName, target: Target) -> dict[Path, PlanInfo]:
+    """The plans that can stand for a graph on this target.
 
     Raises BundleError where there are none, with the reason why one that is there is none of them.
     """
     usable: dict[Path, PlanInfo] = {}
     refused: list[str] = []
-    for file in sorted((bundle.path / FOLDER).glob(f"{graph}.{dtype}.*.plan")):
+    for file in sorted(origin.plans.glob(f"{graph}.{dtype}.*.plan")):
         try:
             info = read_info(file)
         except BundleError as error:  # one that is damaged or of another sfrt keeps no other from being used
             refused.append(str(error))
             continue
-        reason = info.differs(target, bundle)
+        reason = info.differs(target, origin)
         if reason is None:
             usable[file] = info
         else:
@@ -139,7 +155,7 @@ def usable_plans(bundle: Bundle, graph: GraphName, dtype: DTypeName, target: Tar
         return usable
     if refused:
         raise BundleError(refused[0])
-    raise BundleError(f"the bundle {bundle.path} has no TensorRT plan of {graph} in {dtype}; {HOW_TO_BUILD}")
+    raise BundleError(f"the bundle {origin.folder} has no TensorRT plan of {graph} in {dtype}; {HOW_TO_BUILD}")
 
 
 def shortest_ring(plans: Iterable[PlanInfo], chunks: Iterable[int], tokens: int) -> int | None:

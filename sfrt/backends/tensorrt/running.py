@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sfrt.backends.tensorrt.library import error_log, require_tensorrt, target_of
-from sfrt.backends.tensorrt.plans import HOW_TO_BUILD, PlanInfo, map_engine, usable_plans
-from sfrt.bundle import Bundle, DTypeName
+from sfrt.backends.tensorrt.plans import HOW_TO_BUILD, Origin, PlanInfo, map_engine, usable_plans
+from sfrt.bundle import DTypeName
 from sfrt.device import DTYPES
 from sfrt.errors import BundleError, DeviceError
 from sfrt.graphs import VALID, GraphName
@@ -29,16 +29,16 @@ chunk, and a capture has torch wait for the GPU and give memory back."""
 
 
 class PlanRunner:
-    """A bundle's plans in one dtype on one GPU, each loaded when it is first used.
+    """The plans beside some graphs, in one dtype on one GPU, each loaded when it is first used.
 
     Raises DeviceError where TensorRT or the GPU is missing.
     """
 
-    def __init__(self, bundle: Bundle, device: torch.device, dtype: DTypeName) -> None:
+    def __init__(self, origin: Origin, device: torch.device, dtype: DTypeName) -> None:
+        self.origin = origin
         self.device = device
         self.dtype = DTYPES[dtype]
         self.on_host = frozenset({VALID})  # plans slice by it before the GPU is given work
-        self._bundle = bundle
         self._dtype = dtype
         self._trt = trt = require_tensorrt(device)
         self.target = target_of(trt, device)
@@ -54,7 +54,7 @@ class PlanRunner:
     def plans(self, graph: GraphName) -> dict[Path, PlanInfo]:
         """The plans that can stand for a graph here. Raises BundleError where there are none."""
         if graph not in self._plans:
-            self._plans[graph] = usable_plans(self._bundle, graph, self._dtype, self.target)
+            self._plans[graph] = usable_plans(self.origin, graph, self._dtype, self.target)
         return self._plans[graph]
 
     def bind(self, graph: GraphName, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
@@ -147,7 +147,7 @@ class PlanRunner:
                 return path, info
         sizes = next(iter(self.plans(graph).values())).sizes_of(shapes)
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise BundleError(f"the bundle {self._bundle.path} has no plan of {graph} for {listed}; {HOW_TO_BUILD}")
+        raise BundleError(f"the bundle {self.origin.folder} has no plan of {graph} for {listed}; {HOW_TO_BUILD}")
 
     def _engine(self, path: Path) -> ICudaEngine:
         if path not in self._engines:
