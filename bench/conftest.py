@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.models import SHAPES, Shape
-from bench.protocol import Case, Figure, environment, forget_peak, write
+from sfrt.benchmark.protocol import Case, Figure, Result, environment, forget_peak, write
+from sfrt.benchmark.shapes import SHAPES, Shape
 
 Record = Callable[[Case, Sequence[Figure]], None]
 
@@ -29,7 +29,7 @@ def milliseconds(name: str, benchmark: BenchmarkFixture) -> Figure:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sfrt")
     group.addoption("--sfrt-device", default="cpu", help="device to measure on: cpu, cuda, cuda:N")
-    group.addoption("--sfrt-shape", default="cpu256", help="random model to measure: cpu256, full21")
+    group.addoption("--sfrt-shape", default="cpu256", help="random model to measure: cpu256, 1.3b")
     group.addoption("--sfrt-json", type=Path, help="write all figures of this run to a file")
 
 
@@ -46,9 +46,9 @@ def shape(request: pytest.FixtureRequest) -> Shape:
 @pytest.fixture(scope="session")
 def record(request: pytest.FixtureRequest, device: str) -> Iterator[Record]:
     """Keep a case's figures for the run's file."""
-    measured: list[tuple[Case, Sequence[Figure]]] = []
+    measured: list[Result] = []
     surroundings = environment(device)
-    yield lambda case, figures: measured.append((case, figures))
+    yield lambda case, figures: measured.append(Result(case, tuple(figures)))
     path = request.config.getoption("--sfrt-json")
     if path is not None and measured:
         write(path, surroundings, measured)

@@ -12,12 +12,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.conftest import Record, milliseconds, seconds
-from bench.models import case_of
-from bench.protocol import Case, Figure, peak
 from sfrt import Runtime
 from sfrt.backends import BACKENDS
+from sfrt.benchmark.protocol import Case, Figure, case_of, peak
 from sfrt.errors import BundleError, ConfigError, DeviceError
-from sfrt.ops.layout import frames_from_pixels
+from sfrt.ops.frames import frames
 
 PROMPT = "a red circle moving left on a white background"
 CHUNKS = 20
@@ -27,7 +26,7 @@ CHUNKS = 20
 def setup(request: pytest.FixtureRequest, device: str) -> tuple[Runtime, Case]:
     backend, dtype = request.param
     try:
-        runtime = Runtime(device=device, dtype=dtype, backend=backend)
+        runtime = Runtime(device=device, dtype=dtype, backend=backend, prompt_cache=False)
     except (BundleError, ConfigError, DeviceError) as reason:
         pytest.skip(str(reason))
     decoder = runtime.manifest.decoder
@@ -45,7 +44,7 @@ def test_decode(benchmark: BenchmarkFixture, setup: tuple[Runtime, Case], record
     assert decoder is not None
 
     def decode() -> None:
-        frames_from_pixels(decoder.decode(latents, state)[0].squeeze(0)).cpu()
+        frames(decoder.decode(latents, state)[0].squeeze(0)).cpu()
 
     with torch.no_grad():
         _, state = decoder.decode(latents, None)
@@ -104,7 +103,8 @@ def test_cold_start(benchmark: BenchmarkFixture, setup: tuple[Runtime, Case], re
     _, case = setup
     script = (
         "from sfrt import Runtime\n"
-        f"runtime = Runtime(device={case.device!r}, dtype={case.dtype!r}, backend={case.backend!r})\n"
+        f"runtime = Runtime(device={case.device!r}, dtype={case.dtype!r}, backend={case.backend!r}, "
+        "prompt_cache=False)\n"
         f"next(runtime.session({PROMPT!r}))\n"
     )
     benchmark.pedantic(subprocess.run, args=([sys.executable, "-c", script],), kwargs={"check": True}, rounds=3)

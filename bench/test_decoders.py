@@ -7,10 +7,10 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.conftest import Record, milliseconds
-from bench.models import Shape, case_of, random_decoder
-from bench.protocol import peak
+from sfrt.benchmark.protocol import case_of, peak
+from sfrt.benchmark.shapes import Shape, random_decoder
 from sfrt.device import dtype_name
-from sfrt.ops.layout import frames_from_pixels
+from sfrt.ops.frames import frames
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -24,7 +24,7 @@ def test_decode(benchmark: BenchmarkFixture, shape: Shape, device: str, kind: st
         _, state = decoder.decode(latents, None)
 
         def decode() -> None:
-            frames_from_pixels(decoder.decode(latents, state)[0].squeeze(0)).cpu()
+            frames(decoder.decode(latents, state)[0].squeeze(0)).cpu()
 
         benchmark.pedantic(decode, rounds=20, warmup_rounds=3)
     ran_in = dtype_name(decoder.dtype)  # an autoencoder may run in another than the model's

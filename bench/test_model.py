@@ -12,10 +12,11 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.conftest import Record, milliseconds
-from bench.models import RandomModel, Shape, random_model
-from bench.protocol import Figure, peak
-from bench.roofline import matrix_rate, operations
+from bench.models import RandomModel, random_model
 from sfrt.backends import BACKENDS
+from sfrt.benchmark.protocol import Figure, peak
+from sfrt.benchmark.roofline import matrix_rate, operations
+from sfrt.benchmark.shapes import Shape
 from sfrt.errors import ConfigError, DeviceError
 from sfrt.session import Session
 

@@ -9,13 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from sfrt.errors import (
+    AdmissionError,
     BundleError,
+    Cancelled,
     CheckpointError,
     ConfigError,
     DeviceError,
     MediaError,
     PromptError,
     SfrtError,
+    SnapshotError,
 )
 
 if TYPE_CHECKING:
@@ -25,7 +28,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdmissionError",
     "BundleError",
+    "Cancelled",
     "CheckpointError",
     "Chunk",
     "ConfigError",
@@ -35,6 +40,7 @@ __all__ = [
     "Runtime",
     "Session",
     "SfrtError",
+    "SnapshotError",
     "__version__",
 ]
 

@@ -57,12 +57,13 @@ def free_bytes(device: torch.device) -> int | None:
     return None if memory is None else memory.available
 
 
-def require_memory(needed: int, what: str, device: torch.device) -> None:
-    """Raise DeviceError, saying how much is needed and free, where `needed` bytes cannot be had."""
+def require_memory(needed: int, what: str, device: torch.device, parts: str = "") -> None:
+    """Raise DeviceError, saying how much is needed (for what parts) and free, where `needed` bytes cannot be had."""
     free = free_bytes(device)
     if free is not None and needed > free:
         raise DeviceError(
-            f"{what} needs {needed / 2**30:.2f} GiB on {device} and {free / 2**30:.2f} GiB are free; "
+            f"{what} needs {needed / 2**30:.2f} GiB on {device} and {free / 2**30:.2f} GiB are free"
+            f"{f' ({parts})' if parts else ''}; "
             "use a smaller resolution, window or dtype, or another device"
         )
 

@@ -53,6 +53,12 @@ def peak_memory() -> int | None:
     return None if peak is None else int(peak.split()[0]) * 1024
 
 
+def resident_memory() -> int | None:
+    """Bytes of main memory that this program holds now; None where the system does not say."""
+    now = _fields(Path("/proc/self/status")).get("VmRSS")
+    return None if now is None else int(now.split()[0]) * 1024
+
+
 def driver_version() -> str | None:
     """The NVIDIA driver's version from NVML, or from the kernel module's own file; None where there is no driver."""
     try:

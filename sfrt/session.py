@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -12,93 +16,112 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sfrt.backends import Grid, Rollout
-from sfrt.config import ModelConfig, StreamConfig
-from sfrt.decoders import Decoder
+from sfrt.context import Brake, Context
+from sfrt.decoders.taehv import TIME
+from sfrt.denoising import denoise_chunk
 from sfrt.device import memory_told
+from sfrt.errors import ConfigError, SnapshotError
 from sfrt.metrics import Stopwatch
-from sfrt.noise import chunk_noise
-from sfrt.ops.denoise import follow_flow, predict_x0, renoise
-from sfrt.ops.layout import frames_from_pixels, latents_from_tokens, tokens_from_latents
-from sfrt.ring import ChunkPlan, Ring, chunk_sizes
-from sfrt.timesteps import Step, steps_of
-
-NoiseSource = Callable[[range, int], Tensor]
-"""(absolute latent frames, number of steps) → float32 normals [steps, frames · tokens, token_dim] on the device."""
+from sfrt.ops.frames import FRAMES
+from sfrt.ops.layout import tokens_from_latents
+from sfrt.ring import chunk_sizes
+from sfrt.snapshot import CleanFrame, Moment, Saved, Settings, write_snapshot
+from sfrt.stage import Stage
+from sfrt.switching import How, Receipt, Switch, Text, check_switch
+from sfrt.timesteps import steps_of
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds of one chunk, as in the benchmark protocol; refresh_ms is the pass behind the previous chunk."""
+    """Milliseconds of one chunk, as in the benchmark protocol; refresh_ms is the pass behind the previous chunk.
+
+    encode_ms is what a source's frames take once they have come in; waiting for them is not counted. switch_ms is what
+    a prompt switch did before the chunk.
+    """
 
     refresh_ms: float
+    encode_ms: float
     dit_ms: float
     decode_ms: float
+    switch_ms: float = 0.0
 
     @property
     def chunk_ms(self) -> float:
-        return self.refresh_ms + self.dit_ms + self.decode_ms
+        return self.refresh_ms + self.switch_ms + self.encode_ms + self.dit_ms + self.decode_ms
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """One delivered chunk: uint8 pixel frames [F, H, W, 3] on the host, latents [T, C, h, w] float32 on the device."""
+    """One delivered chunk: uint8 pixel frames [F, H, W, 3] on the host, latents [T, C, h, w] float32 on the device.
+
+    slots says what is in the ring: for each slot the number of its latent frame in the video, this chunk's with them,
+    None where there is none. receipt is that of the prompt switch that took effect with it, if one did.
+    """
 
     index: int
     frames: npt.NDArray[np.uint8]
     latents: Tensor
     timings: Timings
-
-
-def philox_noise(seed: int, grid: Grid, model: ModelConfig, device: torch.device) -> NoiseSource:
-    """The noise every stream uses unless it is given another: see sfrt.noise."""
-
-    def normals(frames: range, steps: int) -> Tensor:
-        return chunk_noise(seed, frames, range(steps), grid.tokens, model.token_dim, device)
-
-    return normals
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a session runs on; made by the runtime."""
-
-    model: ModelConfig
-    stream: StreamConfig
-    grid: Grid
-    device: torch.device
-    rollout: Rollout
-    ring: Ring
-    noise: NoiseSource
-    decoder: Decoder | None
+    slots: tuple[int | None, ...] = ()
+    receipt: Receipt | None = None
 
 
 class Session:
     """An iterator of chunks. Use it as a context manager, or close it; a closed session yields no more.
 
     The refresh pass of a chunk runs when the next one is asked for, so frames leave before it, and a stream that stops
-    never pays for its last. A chunk that fails or is interrupted leaves the stream where it was.
+    never pays for its last. A chunk that fails, is interrupted or cancelled leaves the stream where it was. A stream
+    with a source ends with it. One that is not asked for chunks is paused: nothing runs, and its memory stays; to let
+    that go too, take a snapshot and close it.
+
+    `switch` and `cancel` may be called from any thread while a chunk is made, all else between two chunks.
     """
 
     def __init__(
-        self, stage: Stage, embeds: Tensor, *, initial: Tensor | None = None, limit: int | None = None
+        self,
+        stage: Stage,
+        text: Text | Tensor,
+        *,
+        initial: Tensor | None = None,
+        limit: int | None = None,
+        history: int = 0,
     ) -> None:
-        """embeds is the prompt, [text_len, text_dim]; initial, latents [T, C, h, w] to go on from; limit, of chunks."""
+        """What to go by, a prompt or its embeddings [text_len, text_dim], and from where.
+
+        initial are latents [T, C, h, w] to go on from; limit is the number of chunks, history how many of them the
+        stream can be taken back by. Raises ConfigError where the settings need a decoder and there is none.
+        """
+        if stage.stream.refresh == "reencode" and stage.decoder is None:
+            raise ConfigError(
+                "refresh is 'reencode', and this model has no decoder to encode frames with; "
+                "export it again with --vae or --taehv, or choose refresh 'rebuild'"
+            )
         self._stage: Stage | None = stage
         self._limit = limit
-        self._first_steps = steps_of(stage.stream, first_chunk=True)
-        self._steps = steps_of(stage.stream)
+        self._first_steps = steps_of(stage.stream, first_chunk=True, strength=stage.strength)
+        self._steps = steps_of(stage.stream, strength=stage.strength)
         self._sizes = chunk_sizes(stage.stream, 0 if initial is None else initial.shape[0])
-        self._index = 0
-        self._next_frame = 0
-        self._unrefreshed: Tensor | None = None
+        self._at = Moment(Text.of(text, text) if isinstance(text, Tensor) else text)
+        self._history: deque[Moment] = deque(maxlen=history)
+        self._queue: deque[Switch] = deque(maxlen=1)  # the last one wins
+        self._brake = Brake()
+        self._context = Context(stage, self._brake)
+        self._context.hear(self._at.text)
         self._watch = Stopwatch(stage.device)
-        self._decoder_state: Any = None
         self.initial_frames: npt.NDArray[np.uint8] | None = None
         """The given start as the decoder renders it, uint8 [F, H, W, 3]; the first chunk goes on from here."""
-        stage.rollout.set_text(embeds)
         if initial is not None:
             self.initial_frames = self._start_from(stage, initial)
+
+    @classmethod
+    def resumed(cls, stage: Stage, saved: Saved, *, history: int = 0) -> Session:
+        """A stream that goes on from where another one stood, on a stage of the same settings."""
+        session = cls(stage, saved.at.text, limit=saved.settings.limit, history=history)
+        session._sizes, session._at = saved.settings.sizes, saved.at
+        session._context.load_state(saved.ring, saved.left_out)
+        if saved.queued is not None:
+            session._queue.append(saved.queued)
+        return session
 
     def __enter__(self) -> Session:
         return self
@@ -113,76 +136,194 @@ class Session:
 
     def close(self) -> None:
         """End the stream and let its memory go, the ring's too. Closing twice is fine."""
-        self._stage = self._decoder_state = self._unrefreshed = None
+        if self._stage is not None:
+            self._stage = None
+            del self._context
+            self._at = Moment(self._at.text, self._at.index)
+            self._history.clear()
+
+    @property
+    def prompt(self) -> str | Tensor:
+        """What the stream was last asked to show, in effect or not yet. To set it is to `switch` to it."""
+        switch = self._waiting
+        return self._at.text.prompt if switch is None else switch.prompt
+
+    @prompt.setter
+    def prompt(self, prompt: str | Tensor) -> None:
+        self.switch(prompt)
+
+    @property
+    def index(self) -> int:
+        """That of the next chunk."""
+        return self._at.index
+
+    def switch(self, prompt: str | Tensor, how: How = "recache", over: int = 1) -> None:
+        """Go by another prompt from the next chunk that is begun on; that chunk's receipt says what it cost.
+
+        prompt is text, or embeddings [text_len, text_dim]; `sfrt.switching` explains how. over is the number of chunks
+        that a blend takes. A switch that has not taken effect yet gives way to a later one. Raises PromptError,
+        ConfigError or BundleError, and then nothing has changed.
+        """
+        origin = self._running().require_origin()
+        check_switch(how, over)
+        began = time.perf_counter()
+        embeds = origin.embeddings(prompt)
+        self._queue.append(Switch(prompt, embeds, how, over, (time.perf_counter() - began) * 1e3))
+
+    def cancel(self) -> None:
+        """Give up the chunk that is being made, or else the next one, before its next pass: it raises Cancelled.
+
+        The stream stands where it stood, and goes on from there when it is asked again.
+        """
+        self._brake.pull()
+
+    def rewind(self, chunks: int) -> None:
+        """Go back to where the stream stood so many chunks ago, with its prompt of then and no switch waiting.
+
+        Frames, noise and the decoder's state are those of then. The ring is filled anew from the clean frames that were
+        in view: as long as none had left it and no prompt was switched, the same video comes again, up to rounding;
+        later, one that the same frames could have led to. Raises SnapshotError beyond the history.
+        """
+        self._running().require_no_source("rewound")
+        if not 1 <= chunks <= len(self._history):
+            raise SnapshotError(
+                f"the stream cannot go back by {chunks} chunks: it keeps {len(self._history)}; "
+                "make the session with a longer history"
+            )
+        for _ in range(chunks):
+            self._at = self._history.pop()
+        self._queue.clear()
+        self._context.forget()
+
+    def snapshot(self, path: str | Path) -> None:
+        """Keep all that the stream goes on from, but its history, in one file for `Runtime.restore`.
+
+        The refresh pass that the last chunk owes runs first. Raises SnapshotError where the file cannot be written, or
+        the stream goes by a source.
+        """
+        write_snapshot(path, self._saved())
+
+    def fork(self) -> Session:
+        """A second stream that goes on from here, with a ring of its own; neither knows of the other.
+
+        Raises SnapshotError where the stream goes by a source, DeviceError where memory is short.
+        """
+        stage, saved = self._running(), self._saved()
+        with memory_told("the fork", stage.device):
+            other = replace(stage, rollout=stage.require_origin().rollout())
+            session = Session.resumed(other, saved, history=self._history.maxlen or 0)
+        session._history.extend(self._history)
+        return session
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Run the refresh pass that the last chunk still owes, if any, rather than when the next one is asked for."""
-        if self._stage is None or self._unrefreshed is None:
-            return
-        self._watch.mark("refresh")
-        self._stage.rollout.refresh(self._unrefreshed, self._stage.stream.context_noise)
-        self._watch.mark("refreshed")
-        self._unrefreshed = None
+        """Run the refresh pass that the last chunk still owes, if any, rather than when the next one is asked for.
+
+        A recache that is waiting will do more than that; then nothing is done.
+        """
+        switch = self._waiting
+        if self._stage is not None and (switch is None or switch.how != "recache"):
+            self._context.settle(self._at, self._watch)
 
     @torch.no_grad()
     def __next__(self) -> Chunk:
-        stage = self._stage
-        if stage is None or self._index == self._limit:
+        stage, at, switch = self._stage, self._at, self._waiting
+        if stage is None or at.index == self._limit:
             raise StopIteration
         with memory_told("the stream", stage.device):
-            self.refresh()
-            first, watch = self._next_frame == 0, self._watch
+            first, watch = at.next_frame == 0, self._watch
+            text = self._context.turn_to(switch, at, watch)
+            frames = _coming(at, self._sizes.first if first else self._sizes.later)
+            if stage.source is not None and not stage.source.pull(len(frames)):
+                raise StopIteration
             watch.mark("start")
-            plan = stage.ring.plan(self._next_frame, self._sizes.first if first else self._sizes.later)
-            tokens = _denoise(stage, plan, self._first_steps if first else self._steps)
-            latents = latents_from_tokens(tokens, stage.model, stage.grid.rows, stage.grid.columns)
+            given = None if stage.source is None else tokens_from_latents(stage.source.latents(), stage.model)
+            watch.mark("encoded")
+            self._context.place(frames)
+            steps = self._first_steps if first else self._steps
+            tokens, latents = denoise_chunk(stage, frames, steps, given, self._brake.check)
             watch.mark("denoised")
-            frames = self._decode(stage, latents)
+            self._brake.check()
+            shown, decoder = _decode(stage, latents, at.decoder)
             watch.mark("decoded")
-        chunk = Chunk(self._index, frames, latents, _timings(watch))
-        self._index, self._next_frame = self._index + 1, plan.frames.stop
-        self._unrefreshed, self._watch = tokens, Stopwatch(stage.device)
-        return chunk
+        timings = _timings(watch)
+        receipt = None if switch is None else switch.receipt(at.index, timings.switch_ms)
+        slots = self._context.slots()
+        self._history.append(at)
+        self._go_on(stage, replace(at, text=text, index=at.index + 1, decoder=decoder), tokens, shown)
+        if switch is not None:
+            with suppress(ValueError):  # a later one came in its place
+                self._queue.remove(switch)
+        if stage.source is not None:
+            stage.source.advance()
+        return Chunk(at.index, shown, latents, timings, slots, receipt)
 
-    def _decode(self, stage: Stage, latents: Tensor) -> npt.NDArray[np.uint8]:
-        """Pixel frames on the host; none where the bundle has no decoder."""
-        if stage.decoder is None:
-            return np.empty((0, stage.stream.height, stage.stream.width, 3), dtype=np.uint8)
-        pixels, self._decoder_state = stage.decoder.decode(latents.unsqueeze(0), self._decoder_state)
-        return frames_from_pixels(pixels.squeeze(0)).cpu().numpy()
+    def _go_on(self, stage: Stage, at: Moment, tokens: Tensor, shown: npt.NDArray[np.uint8]) -> None:
+        """Leave the finished frames behind this moment, and keep what the next ones will see."""
+        parts = tokens.split(stage.grid.tokens)
+        frames = _coming(at, len(parts))
+        # A latent frame's last pixel frame, from the chunk's end on; a copy, as the chunk is its owner's to change.
+        pictures = [one.copy() for one in shown[::-TIME]] if stage.stream.refresh == "reencode" else [None] * len(parts)
+        past = {**at.past, **dict(zip(frames, map(CleanFrame, parts, reversed(pictures)), strict=True))}
+        in_view = {frame: past[frame] for frame in stage.ring.context(frames.stop, self._sizes.later)}
+        self._at = replace(at, next_frame=frames.stop, past=in_view)
+        self._context.keep(tokens)
+        self._watch = Stopwatch(stage.device)
 
     @torch.no_grad()
     def _start_from(self, stage: Stage, latents: Tensor) -> npt.NDArray[np.uint8]:
         """Put given latents in the cache and in the decoder's state, at most a chunk at a time."""
-        sizes = self._sizes
-        pieces = [sizes.first] + [sizes.later] * ((latents.shape[0] - sizes.first) // sizes.later)
-        shown = []
-        for piece in latents.float().split(pieces):
-            plan = stage.ring.plan(self._next_frame, len(piece))
-            stage.rollout.place(plan)
-            stage.rollout.refresh(tokens_from_latents(piece, stage.model), stage.stream.context_noise)
-            shown.append(self._decode(stage, piece))
-            self._next_frame = plan.frames.stop
-        return np.concatenate(shown)
+        pieces = []
+        for piece in self._sizes.pieces(len(latents)):
+            if stage.stream.refresh == "rolling":
+                self._context.settle(self._at, self._watch)
+            given = latents[piece.start : piece.stop].float()
+            self._context.place(_coming(self._at, len(piece)))
+            shown, decoder = _decode(stage, given, self._at.decoder)
+            self._go_on(stage, replace(self._at, decoder=decoder), tokens_from_latents(given, stage.model), shown)
+            pieces.append(shown)
+        return np.concatenate(pieces)
+
+    @torch.no_grad()
+    def _saved(self) -> Saved:
+        """All that the stream goes on from; the ring's memory is its own."""
+        stage = self._running()
+        origin = stage.require_origin()
+        stage.require_no_source("kept or forked")
+        self._context.settle(self._at, self._watch)
+        settings = Settings(origin.model, origin.seed, stage.stream, stage.ring, self._sizes, self._limit)
+        return Saved(settings, self._at, self._context.left_out, self._waiting, stage.rollout.state())
+
+    @property
+    def _waiting(self) -> Switch | None:
+        """The switch that the next chunk is to begin with."""
+        return next(iter(tuple(self._queue)), None)
+
+    def _running(self) -> Stage:
+        if self._stage is None:
+            raise ConfigError("the session is closed; make another one")
+        return self._stage
 
 
-def _denoise(stage: Stage, plan: ChunkPlan, steps: tuple[Step, ...]) -> Tensor:
-    """From noise to a chunk's clean tokens, float32 [frames · tokens, token_dim]."""
-    stage.rollout.place(plan)
-    fresh = stage.stream.sampler == "renoise"
-    noise = stage.noise(plan.frames, len(steps) if fresh else 1)
-    x = noise[0]
-    for number, step in enumerate(steps, start=1):
-        flow = stage.rollout.flow(x, step.timestep)
-        if fresh and step.next_sigma:
-            x = renoise(predict_x0(x, flow, step), noise[number], step)
-        else:
-            x = follow_flow(x, flow, step)
-    return x
+def _coming(at: Moment, count: int) -> range:
+    """The numbers in the video of the next `count` latent frames."""
+    return range(at.next_frame, at.next_frame + count)
+
+
+def _decode(stage: Stage, latents: Tensor, state: Any) -> tuple[npt.NDArray[np.uint8], Any]:
+    """Pixel frames on the host, none where the bundle has no decoder, and the state for the next ones."""
+    if stage.decoder is None:
+        return np.empty((0, stage.stream.height, stage.stream.width, 3), dtype=np.uint8), None
+    pixels, after = stage.decoder.decode(latents.unsqueeze(0), state)
+    return stage.ops(FRAMES)(pixels.squeeze(0)).cpu().numpy(), after
 
 
 def _timings(watch: Stopwatch) -> Timings:
     watch.wait("decoded")
-    refresh = watch.ms("refresh", "refreshed") if watch.has("refreshed") else 0.0
-    return Timings(refresh, watch.ms("start", "denoised"), watch.ms("denoised", "decoded"))
+
+    def if_any(begin: str, end: str) -> float:
+        return watch.ms(begin, end) if watch.has(end) else 0.0
+
+    marks = pairwise(("start", "encoded", "denoised", "decoded"))
+    encode, dit, decode = (watch.ms(begin, end) for begin, end in marks)
+    return Timings(if_any("refresh", "refreshed"), encode, dit, decode, if_any("switch", "switched"))

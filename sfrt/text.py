@@ -1,4 +1,4 @@
-"""Prompts to embeddings: the UMT5 encoder, its tokenizer and a small cache of prompts.
+"""Prompts to embeddings: the UMT5 encoder and its tokenizer.
 
 UMT5 (Chung et al., arXiv 2304.09151) is T5 v1.1 with position biases in every layer. Parameter names are those of
 ``models_t5_umt5-xxl-enc-bf16.pth`` as Wan 2.1 publishes it, so that file's tensors load unchanged.
@@ -10,7 +10,6 @@ import html
 import math
 import unicodedata
 import warnings
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -279,12 +278,9 @@ class PromptEncoder(Protocol):
 
 
 class TextEncoder:
-    """Tokenizer and encoder together, with the embeddings of the latest prompts kept at hand.
+    """Tokenizer and encoder together."""
 
-    Switching back and forth between a few prompts in a live stream then costs nothing.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, encoder: PromptEncoder, cache_size: int = 16) -> None:
+    def __init__(self, tokenizer: Tokenizer, encoder: PromptEncoder) -> None:
         if tokenizer.vocab_size > encoder.config.vocab_size:
             raise BundleError(
                 f"the tokenizer knows {tokenizer.vocab_size} tokens but the text encoder only "
@@ -292,26 +288,23 @@ class TextEncoder:
             )
         self.tokenizer = tokenizer
         self.encoder = encoder
-        self._cache_size = cache_size
-        self._cache: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
 
     @torch.no_grad()
-    def encode(self, prompt: str) -> Tensor:
-        """[text_len, dim] in the encoder's dtype on its device: real tokens first, zeros after. Not to be written to.
+    def read(self, prompt: str) -> Tensor:
+        """[L, dim] of the prompt's L tokens, at most text_len, in the encoder's dtype on its device.
 
-        Only real tokens are computed: padding is masked out of attention and zeroed, so it would change nothing.
         Raises PromptError when the prompt is empty or not text.
         """
-        ids = tuple(self.tokenizer.encode(prompt))
-        if ids in self._cache:
-            self._cache.move_to_end(ids)
-            return self._cache[ids]
-        embeds = self.encoder(torch.tensor([ids], device=self.encoder.device))[0]
-        padded = F.pad(embeds, (0, 0, 0, self.tokenizer.text_len - len(ids)))
-        self._cache[ids] = padded
-        if len(self._cache) > self._cache_size:
-            self._cache.popitem(last=False)
-        return padded
+        ids = self.tokenizer.encode(prompt)
+        return self.encoder(torch.tensor([ids], device=self.encoder.device))[0]
+
+    def encode(self, prompt: str) -> Tensor:
+        """[text_len, dim]: the same with zeros behind it.
+
+        Padding is never computed: it would be masked out of attention and zeroed, so it changes nothing.
+        """
+        embeds = self.read(prompt)
+        return F.pad(embeds, (0, 0, 0, self.tokenizer.text_len - len(embeds)))
 
 
 def load_tokenizer(bundle: Bundle, *, verify: bool = False) -> Tokenizer:

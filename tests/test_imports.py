@@ -179,10 +179,11 @@ def test_lazy_names() -> None:
 
 
 def test_the_runtime_needs_few_packages() -> None:
-    """Where only torch, numpy, safetensors, tokenizers, tqdm, pillow are, all imports but command line and kernels."""
+    """Where only torch, numpy, safetensors, tokenizers, tqdm, pillow are, all but what extras are for imports."""
     out = run_python(
         "import sys, pkgutil, importlib\n"
-        "absent = {'av', 'click', 'flash_attn', 'onnx', 'onnxruntime', 'pynvml', 'tensorrt', 'transformers', 'triton'}\n"
+        "absent = {'av', 'click', 'flash_attn', 'onnx', 'onnxruntime', 'prometheus_client', 'pynvml', 'starlette',\n"
+        "          'tensorrt', 'transformers', 'triton', 'uvicorn', 'websockets'}\n"
         "class Absent:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in absent:\n"
@@ -190,8 +191,8 @@ def test_the_runtime_needs_few_packages() -> None:
         "sys.meta_path.insert(0, Absent())\n"
         "import sfrt\n"
         "names = [m.name for m in pkgutil.walk_packages(sfrt.__path__, 'sfrt.')]\n"
-        "kernels = ('sfrt.ops.triton_kernels.', 'sfrt.ops.cuda_kernels.')\n"
-        "names = [n for n in names if n not in ('sfrt.cli', 'sfrt.__main__') and not n.startswith(kernels)]\n"
+        "extras = ('sfrt.ops.triton_kernels.', 'sfrt.ops.cuda_kernels.', 'sfrt.server.')\n"
+        "names = [n for n in names if n not in ('sfrt.cli', 'sfrt.__main__') and not n.startswith(extras)]\n"
         "for name in names:\n"
         "    importlib.import_module(name)\n"
         "print(len(names))"

@@ -84,7 +84,7 @@ def whole_need(manifest: Manifest, stream: StreamConfig, setting: Setting, text_
 
 
 def weights_need(manifest: Manifest, setting: Setting) -> Need:
-    """The weights of the model and its autoencoder in the dtypes that they run in."""
+    """The model's weights in the dtype that they run in; the autoencoder's as stored, which is no less."""
     growth = setting.bytes / ITEM_BYTES[manifest.dtype]
     if manifest.quantization is not None:  # a byte a weight, which ONNX Runtime has no products for: it unfolds them
         growth = setting.bytes if setting.backend.startswith("onnx") else 1.0

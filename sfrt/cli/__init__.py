@@ -10,8 +10,10 @@ from typing import Any, NoReturn
 import click
 
 from sfrt import __version__
+from sfrt.cli.bench import bench
 from sfrt.cli.bundles import export, info
 from sfrt.cli.checks import doctor, verify
+from sfrt.cli.serving import serve
 from sfrt.cli.streams import generate
 from sfrt.errors import SfrtError
 
@@ -25,7 +27,7 @@ def cli() -> None:
     """Turn a Self Forcing checkpoint into a live video stream."""
 
 
-for verb in (generate, export, info, verify, doctor):
+for verb in (generate, serve, export, info, bench, verify, doctor):
     cli.add_command(verb)
 
 

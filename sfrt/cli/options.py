@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import click
+
+from sfrt.config import Placement, Positions, Refresh
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -22,6 +24,16 @@ def stream_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--height", type=int, help="Pixels, a multiple of 16."),
         click.option("--width", type=int, help="Pixels, a multiple of 16."),
         click.option("--sink", type=int, help="Latent frames at the start that stay in view."),
+        click.option(
+            "--positions",
+            type=click.Choice(get_args(Positions)),
+            help="Where the model sees a frame: at its number in the video, or at its place in the window.",
+        ),
+        click.option(
+            "--refresh",
+            type=click.Choice(get_args(Refresh)),
+            help="How clean frames come into the cache: chunk by chunk, or all in view anew before every chunk.",
+        ),
         click.option("--window", type=int, help="Latent frames in view, with the sink and the chunk itself."),
         click.option("--shift", type=float, help="Shift of the noise schedule."),
         click.option(
@@ -42,6 +54,17 @@ def given_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The stream settings that were asked for; steps hold for the first chunk as well, unless it was given its own."""
     given = {name: value for name, value in settings.items() if value is not None}
     return {"first_steps": None, **given} if "steps" in given else given
+
+
+def text_encoder_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--text-encoder."""
+    return click.option(
+        "--text-encoder",
+        type=click.Choice(get_args(Placement)),
+        default="auto",
+        show_default=True,
+        help="Where it stays: resident on the device, loaded there on demand, or in main memory (cpu).",
+    )(command)
 
 
 def json_option(help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -6,19 +6,28 @@ import dataclasses
 import json
 import math
 import sys
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sfrt.cli.options import backend_option, device_option, given_settings, json_option, stream_options
+from sfrt.cli.options import (
+    backend_option,
+    device_option,
+    given_settings,
+    json_option,
+    stream_options,
+    text_encoder_option,
+)
 from sfrt.errors import BundleError
 
 if TYPE_CHECKING:
-    from sfrt.config import StreamConfig
+    from sfrt.config import Placement, StreamConfig
     from sfrt.metrics import StreamMeter
     from sfrt.session import Session
+    from sfrt.switching import Receipt
     from sfrt.video import VideoWriter
 
 DEFAULT_SECONDS = 5.0
@@ -34,18 +43,42 @@ def _seconds(text: str) -> float:
     raise click.BadParameter(f"{text!r} is no length of a video; give seconds, such as 5")
 
 
+@dataclass(frozen=True)
+class Then:
+    """Another prompt, from the first chunk that begins so many seconds into the new video or later."""
+
+    seconds: float
+    prompt: str
+
+
+def _then(text: str) -> Then:
+    """SECONDS:PROMPT."""
+    seconds, _, prompt = text.partition(":")
+    with suppress(ValueError):
+        if 0 <= (begin := float(seconds)) <= LONGEST_SECONDS and prompt.strip():
+            return Then(begin, prompt)
+    raise click.BadParameter(f"{text!r} is no SECONDS:PROMPT, such as '5:a blue square bouncing'")
+
+
 @click.command()
 @click.argument("prompt")
 @click.option("-o", "--output", metavar="FILE", required=True, help=".mp4, .gif, a new folder for PNGs, or - for y4m.")
 @click.option("--model", metavar="DIR", help="A bundle that sfrt export wrote.  [default: the built-in model]")
-@click.option("--seconds", type=_seconds, metavar="NUMBER", help="Seconds of new video.  [default: 5]")
+@click.option("--seconds", type=_seconds, metavar="NUMBER", help="Seconds of new video.  [default: 5, or the source's]")
 @click.option("--chunks", type=click.IntRange(1), help="Length in chunks instead.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same video.")
+@click.option(
+    "--then", multiple=True, type=_then, metavar="SECONDS:PROMPT", help="Another prompt from there on; may be repeated."
+)
 @click.option("--initial", metavar="FILE", help="A picture or clip to go on from.")
+@click.option("--source", metavar="FILE", help="A clip to go by: video to video.")
+@click.option("--strength", type=float, help="How far to change it, above 0 to 1.  [default: the model's first step]")
 @stream_options
 @device_option
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 @backend_option("auto")
+@text_encoder_option
+@click.option("--prompt-cache/--no-prompt-cache", default=True, help="Keep what prompts were read as.  [default: yes]")
 @json_option("Print one JSON object with settings and timings.")
 def generate(
     prompt: str,
@@ -54,10 +87,15 @@ def generate(
     seconds: float | None,
     chunks: int | None,
     seed: int,
+    then: tuple[Then, ...],
     initial: str | None,
+    source: str | None,
+    strength: float | None,
     device: str,
     dtype: str,
     backend: str,
+    text_encoder: Placement,
+    prompt_cache: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -72,20 +110,25 @@ def generate(
     from sfrt.video import check_target, open_writer
 
     check_target(output)  # a model can take long to load
-    runtime = Runtime(model, device=device, dtype=dtype, backend=backend)
+    runtime = Runtime(
+        model, device=device, dtype=dtype, backend=backend, text_encoder=text_encoder, prompt_cache=prompt_cache
+    )
     if runtime.manifest.decoder is None:
         raise BundleError(
             f"the model {runtime.manifest.name!r} has no decoder to see pixels with; "
             "export it again with --taehv or --vae"
         )
     stream = dataclasses.replace(runtime.stream, **given_settings(settings))
-    length = _length_of(seconds or DEFAULT_SECONDS, stream) if chunks is None else Length(chunks)
+    length = _length(seconds, chunks, source, stream)
+    later = deque(sorted((one.seconds * stream.fps, one.prompt) for one in then))
     meter = StreamMeter()
     with (
-        runtime.session(prompt, seed=seed, initial=initial, limit=length.chunks, stream=stream) as session,
+        runtime.session(
+            prompt, seed=seed, initial=initial, source=source, strength=strength, limit=length.chunks, stream=stream
+        ) as session,
         open_writer(output, width=stream.width, height=stream.height, fps=stream.fps) as writer,
     ):
-        frames = _pump(session, writer, length, meter)
+        frames, receipts = _pump(session, writer, length, meter, later)
     if not as_json:
         click.echo(f"{output}: {frames} frames, {meter}", err=True)
         return
@@ -94,17 +137,26 @@ def generate(
         "dtype": dtype_name(runtime.dtype),
         "backend": runtime.backend,
         **dataclasses.asdict(stream),
+        **({} if source is None else {"strength": strength}),
     }
     made = {"file": output, "prompt": prompt, "seed": seed, "model": runtime.manifest.name, "frames": frames}
-    click.echo(json.dumps({**made, "settings": settings_used, **meter.summary()}))
+    switches = [dataclasses.asdict(receipt) for receipt in receipts]
+    click.echo(json.dumps({**made, "switches": switches, "settings": settings_used, **meter.summary()}))
 
 
 @dataclass(frozen=True)
 class Length:
-    """How many chunks to make, and at which new pixel frame to stop within them."""
+    """How many chunks to make (None: to the source's end), and at which new pixel frame to stop within them."""
 
-    chunks: int
+    chunks: int | None
     frames: int | None = None
+
+
+def _length(seconds: float | None, chunks: int | None, source: str | None, stream: StreamConfig) -> Length:
+    """What was asked for; else the whole source where there is one."""
+    if seconds is None and (chunks is not None or source is not None):
+        return Length(chunks)
+    return _length_of(seconds or DEFAULT_SECONDS, stream)
 
 
 def _length_of(seconds: float, stream: StreamConfig) -> Length:
@@ -116,16 +168,23 @@ def _length_of(seconds: float, stream: StreamConfig) -> Length:
     return Length(1 + max(0, math.ceil(after_first / stream.chunk)), frames)
 
 
-def _pump(session: Session, writer: VideoWriter, length: Length, meter: StreamMeter) -> int:
-    """Chunks into the writer until the length is reached or the reader leaves; how many frames were written."""
+def _pump(
+    session: Session, writer: VideoWriter, length: Length, meter: StreamMeter, later: deque[tuple[float, str]]
+) -> tuple[int, list[Receipt]]:
+    """Chunks into the writer until the length is reached or the reader leaves; frames written, and prompts switched.
+
+    later are prompts, each with the number of the first new frame that may be under it.
+    """
     from tqdm import tqdm
 
-    layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} chunks [{elapsed}<{remaining}{postfix}]"
+    share, left = ("{percentage:3.0f}%|{bar}| ", "<{remaining}") if length.chunks else ("", "")
+    layout = share + "{n_fmt}/{total_fmt} chunks [{elapsed}" + left + "{postfix}]"
     written = 0
     if session.initial_frames is not None:
         written = len(session.initial_frames)
         writer.write(session.initial_frames)
-    end = None if length.frames is None else written + length.frames
+    begin, end = written, None if length.frames is None else written + length.frames
+    receipts: list[Receipt] = []
     with tqdm(total=length.chunks, bar_format=layout, file=sys.stderr, disable=None, leave=False) as bar:
         for chunk in session:
             meter.add(len(chunk.frames), chunk.timings.chunk_ms)
@@ -134,8 +193,12 @@ def _pump(session: Session, writer: VideoWriter, length: Length, meter: StreamMe
             frames = chunk.frames if end is None else chunk.frames[: end - written]
             written += len(frames)
             last = written == end or chunk.index + 1 == length.chunks
+            if chunk.receipt is not None:
+                receipts.append(chunk.receipt)
+            while later and later[0][0] <= written - begin:
+                _, session.prompt = later.popleft()
             if not last:
                 session.refresh()  # a GPU runs it while the frames are encoded here
             if not writer.write(frames) or last:
                 break
-    return written
+    return written, receipts

@@ -3,50 +3,70 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from sfrt_train import autoencoder, evaluate, export, flow, reading
-from sfrt_train.settings import Settings
+from sfrt_train import autoencoder, evaluate, export, gap
+from sfrt_train.settings import Loss, Settings
+from sfrt_train.stages import COMPARED, STAGES
+
+VERBS = ("all", "baselines", *STAGES, "export", "evaluate", "gap")
 
 
 def main() -> None:
     """Parse the command line and run the verb."""
-    parser = argparse.ArgumentParser(prog="sfrt_train", description=__doc__)
-    parser.add_argument("verb", choices=["autoencoder", "reading", "flow", "export", "evaluate", "all"])
-    parser.add_argument("--folder", type=Path, default=Path("runs/shapes"), help="checkpoints, logs, the pool of clips")
+    parser = argparse.ArgumentParser(
+        prog="sfrt_train",
+        description=f"{__doc__} `baselines` trains what the model is compared with: {', '.join(COMPARED)}.",
+    )
+    parser.add_argument("verb", choices=VERBS)
+    parser.add_argument("--folder", type=Path, default=Path("runs/shapes"), help="checkpoints, logs, pools of clips")
+    parser.add_argument("--stage", choices=tuple(STAGES), default="self_forcing", help="whose model to export")
+    parser.add_argument("--until", type=int, help="step to stop a stage at, to go on from another time")
+    parser.add_argument("--loss", choices=get_args(Loss), help="what Self Forcing judges videos by [dmd]")
     parser.add_argument("--output", type=Path, help="bundle to write (export, all) [FOLDER/shapes]")
     parser.add_argument("--model", type=Path, help="bundle to evaluate [the one that comes with sfrt]")
-    parser.add_argument("--prompts", type=int, default=200, help="how many to evaluate")
-    parser.add_argument("--skip", type=int, default=0, help="chunks to roll out before those that are read")
-    parser.add_argument("--report", type=Path, help="JSON file for the evaluation")
+    parser.add_argument("--prompts", type=int, help="how many to evaluate [200], or per seed for gap [40]")
+    parser.add_argument("--seeds", type=int, default=3, help="of gap")
+    parser.add_argument("--times", type=int, default=10, help="how many times the trained length gap goes")
+    parser.add_argument("--skip", type=int, default=0, help="chunks to roll out before those that are read (evaluate)")
+    parser.add_argument("--report", type=Path, help="JSON file for the evaluation, or for gap [FOLDER/gap.json]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    run(arguments, Settings())
+    settings = Settings()
+    if arguments.loss:
+        settings = replace(settings, self_forcing=replace(settings.self_forcing, loss=arguments.loss))
+    run(arguments, settings)
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """Run one stage, or all of them in order."""
     folder, device, verb = arguments.folder, arguments.device, arguments.verb
     output, model = arguments.output or folder / export.NAME, arguments.model
-    if verb in ("autoencoder", "all"):
-        autoencoder.train(settings, folder, device)
-    if verb in ("reading", "all"):
-        reading.train(settings, folder, device)
-    if verb in ("flow", "all"):
-        flow.train(settings, folder, device)
-    if verb in ("autoencoder", "all"):
+    chosen = {"all": [stage for stage in STAGES if stage not in COMPARED], "baselines": COMPARED}.get(verb, [verb])
+    for stage in chosen:
+        if stage in STAGES:
+            STAGES[stage](settings, folder, device, arguments.until)
+    if verb in (autoencoder.NAME, "all"):
         right = autoencoder.check(settings, folder, device)
         print("reconstructions read right:", ", ".join(f"{part} {100 * share:.0f} %" for part, share in right.items()))
     if verb in ("export", "all"):
-        model = export.export(settings, folder, output).path
+        model = export.export(settings, folder, output, arguments.stage).path
         print(f"wrote {model}")
     if verb in ("evaluate", "all"):
-        print(evaluate.evaluate(settings, model, device, arguments.prompts, arguments.skip, arguments.report))
+        count = arguments.prompts or 200
+        print(evaluate.evaluate(settings, model, device, count, arguments.skip, arguments.report))
+    if verb == "gap":
+        report, count = arguments.report or folder / "gap.json", arguments.prompts or 40
+        print(
+            gap.measure(settings, folder, device, report, prompts=count, seeds=arguments.seeds, times=arguments.times)
+        )
 
 
 if __name__ == "__main__":

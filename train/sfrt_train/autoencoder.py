@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sfrt.decoders.taehv import MemBlock, Taehv, TGrow, TPool
 from sfrt_train.data import make_clip, split_scenes
-from sfrt_train.loop import Loop, LoopSettings, Losses, weights_of
+from sfrt_train.loop import Descent, Loop, LoopSettings, Losses, Trainee, weights_of
 from sfrt_train.reader import read_scene
 from sfrt_train.settings import AutoencoderSettings, Settings
 
@@ -37,7 +37,9 @@ def train(settings: Settings, folder: Path, device: str, until: int | None = Non
         noise = rng.standard_normal((len(clips), length, settings.taehv.latent_channels, side, side), np.float32)
         return losses(model, torch.stack(clips).to(device), torch.from_numpy(noise).to(device), own)
 
-    Loop(model, LoopSettings(own.steps, own.learning_rate, own.warmup), folder, NAME).run(losses_of, until)
+    Loop(Trainee(model, Descent(own.learning_rate)), LoopSettings(own.steps, own.warmup), folder, NAME).descend(
+        losses_of, until
+    )
 
 
 @torch.no_grad()
@@ -58,7 +60,7 @@ def initialise(model: Taehv) -> Taehv:
         elif isinstance(module, nn.Conv2d):
             _carry_colour(module)
         elif isinstance(module, MemBlock):
-            module.conv[-1].weight.mul_(0.1)
+            module.conv["4"].weight.mul_(0.1)
     spread, middle = 0.38, 0.45  # of the colours of a clip
     model.encoder[-1].weight[:3].div_(spread)
     model.encoder[-1].bias[:3].fill_(-middle / spread)
@@ -86,7 +88,7 @@ def _carry_colour(conv: nn.Conv2d) -> None:
 def losses(model: Taehv, pixels: Tensor, noise: Tensor, own: AutoencoderSettings) -> Losses:
     """Pixels [B, F, 3, H, W] through the autoencoder and back; `noise` is shaped like the latents."""
     with torch.autocast(pixels.device.type, torch.bfloat16):
-        latents = model.encode(pixels)
+        latents, _ = model.encode(pixels)
         decoded, _ = model.decode_unclamped(latents + own.latent_noise * noise)
     difference = decoded.float() - pixels
     pixel = (_edges(pixels, own.edge_weight) * (difference.abs() + 2 * difference.square())).mean()
@@ -109,8 +111,8 @@ def check(settings: Settings, folder: Path, device: str, clips: int = 100) -> di
     _, scenes = split_scenes(settings.held_out, settings.seed)
     right = {"colour": 0, "background": 0, "shape": 0, "motion": 0}
     for i in range(clips):
-        clip = make_clip(np.random.default_rng((settings.seed, 2, i)), scenes, settings.flow.chunks)
-        decoded, _ = model.decode(model.encode(clip.pixels[None].to(device)))
+        clip = make_clip(np.random.default_rng((settings.seed, 2, i)), scenes, settings.clips.chunks)
+        decoded, _ = model.decode(model.encode(clip.pixels[None].to(device))[0])
         found = read_scene(decoded[0].float().cpu())
         for part in right:
             right[part] += getattr(found, part) == getattr(clip.scenes[0], part)

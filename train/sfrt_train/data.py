@@ -150,21 +150,22 @@ def make_clip(
     chunk: int = 3,
     switch_share: float = 0.0,
     free: bool = False,
+    skip: int = 0,
 ) -> Clip:
     """A clip of so many chunks; a `switch_share` of all clips change their scene once, where a later chunk begins.
 
     An object keeps one size and moves in step with the latent cells: by one cell in the time of one latent frame, from
     a corner of a cell, so that the same few latents come back everywhere; it comes in from the side it moves away from.
-    free lifts that: any size, place and speed.
+    free lifts that: any size, place and speed. A clip with a skip begins in the middle, so many pixel frames later.
     """
     first = scenes[int(rng.integers(len(scenes)))]
     switches = chunks > 1 and rng.random() < switch_share
     boundary = int(rng.integers(1, chunks)) if switches else chunks
-    second = _changed(first, scenes, rng) if switches else first
+    second = switched_scene(first, scenes, rng) if switches else first
     first_prompt, second_prompt = say(first, rng), say(second, rng)
     lengths = chunk_lengths(chunks, chunk)
     size, speed = (float(rng.uniform(10, 14)), float(rng.uniform(1.3, 2.0))) if free else (RADIUS, SPEED)
-    path = _travel(first.motion, None, sum(lengths[:boundary]), speed, free, rng)
+    path = _travel(first.motion, None, skip + sum(lengths[:boundary]), speed, free, rng)[skip:]
     pixels = [draw(path, size, first)]
     if switches:
         path = _travel(second.motion, path[-1], sum(lengths[boundary:]), speed, free, rng)
@@ -174,7 +175,7 @@ def make_clip(
     return Clip(torch.cat(pixels), (first,) * boundary + (second,) * after, said)
 
 
-def _changed(scene: Scene, scenes: list[Scene], rng: np.random.Generator) -> Scene:
+def switched_scene(scene: Scene, scenes: list[Scene], rng: np.random.Generator) -> Scene:
     """A scene from the list that differs in one to four of its parts."""
     allowed = set(scenes)
     while True:

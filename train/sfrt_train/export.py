@@ -23,8 +23,8 @@ NAME = "shapes"
 FAMILY = "Self Forcing runtime, built-in"
 
 
-def export(settings: Settings, folder: Path, target: Path) -> Bundle:
-    """Write the bundle of what `folder` holds, in float16, with ONNX graphs that compute in float32.
+def export(settings: Settings, folder: Path, target: Path, stage: str = "self_forcing") -> Bundle:
+    """Write the bundle of what a stage made in `folder`, in float16, with ONNX graphs that compute in float32.
 
     A bundle at `target` is replaced once all is written. Raises BundleError where something else is at `target`, and
     ConfigError where what makes graphs is missing.
@@ -32,7 +32,7 @@ def export(settings: Settings, folder: Path, target: Path) -> Bundle:
     require_onnx()
     if target.exists() and not (target / MANIFEST).is_file():
         raise BundleError(f"{target} is no bundle, so it is not replaced; choose another output folder")
-    trained = weights_of(folder, flow.NAME)
+    trained, said = weights_of(folder, stage), manifest(settings, stage)
     fresh = target.with_name(f"{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -41,8 +41,8 @@ def export(settings: Settings, folder: Path, target: Path) -> Bundle:
         writer.add_tensors("text_encoder", _part(trained, "text_encoder."))
         writer.add_tensors("decoder", _part(autoencoder.load(settings, folder, "cpu").state_dict(), ""))
         writer.add_tokenizer(make_tokenizer(settings, folder))
-        writer.add_graphs(partial(bundle_graphs, manifest(settings)))
-        writer.finish(manifest(settings))
+        writer.add_graphs(partial(bundle_graphs, said))
+        writer.finish(said)
     before = target.with_name(f"{target.name}.old")
     if target.exists():
         target.rename(before)  # there until the new one is in its place
@@ -51,13 +51,13 @@ def export(settings: Settings, folder: Path, target: Path) -> Bundle:
     return Bundle.open(target)
 
 
-def manifest(settings: Settings) -> Manifest:
-    """What the bundle says of itself; the writer adds its files."""
+def manifest(settings: Settings, stage: str) -> Manifest:
+    """What the bundle says of itself; the writer adds its files. Flow matching's own models take many Euler steps."""
     return Manifest(
         name=NAME,
         family=FAMILY,
         model=settings.transformer,
-        stream=settings.stream,
+        stream=settings.euler(settings.many_steps) if stage in flow.STAGES else settings.stream,
         weights="ema",
         dtype="float16",
         created_by="sfrt_train",

@@ -1,175 +1,107 @@
-"""Flow matching with teacher forcing on the chunk-causal mask: every chunk is denoised beside its clean past.
+"""Flow matching over whole clips: the baselines (teacher and diffusion forcing) and the judge of Self Forcing.
 
-A training sequence holds every chunk twice, clean and noisy. Clean chunks attend to what a refresh pass would see,
-noisy ones to what a denoising pass would see, and the ring that streams decides which chunks those are: so one pass
-over the sequence computes exactly what inference computes chunk by chunk, with the true past in the cache. (Self
-Forcing replaces that past by the model's own rollout: arXiv 2506.08009, section 3.2.)
+They are one training under three names, told apart by the past that a chunk sees (sfrt_train.forcing). The judge sees
+a clip as a whole, at one noise level, as the bidirectional teacher of the paper does; it starts from teacher forcing's
+weights, which know pictures, motions and prompts already, so that it has only to learn to look ahead.
 
-Shapes: B clips, G chunks, L tokens a chunk, P features a token, S text slots.
+Shapes: B clips, G chunks, L tokens a chunk, P features a token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
-from sfrt.backends import Grid
-from sfrt.config import StreamConfig
-from sfrt.ring import ring_for
-from sfrt.text import Umt5Encoder
-from sfrt.transformer import Modulation, TextKV, Transformer, rotary_phases
-from sfrt_train import reading
-from sfrt_train.clips import Clips, make_clips
-from sfrt_train.loop import Loop, LoopSettings, Losses
+from sfrt_train.clips import Clips, Prompts, make_clips
+from sfrt_train.forcing import ClipPass
+from sfrt_train.loop import Descent, Loop, LoopSettings, Losses, Trainee
+from sfrt_train.model import VideoModel, fresh_model, plain_attention
 from sfrt_train.settings import FlowSettings, Settings
 
-NAME = "flow"
+Stage = Literal["teacher_forcing", "diffusion_forcing", "judge"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
-class FlowModel(nn.Module):
-    """The transformer, and the text encoder it hears, which can read already (sfrt_train.reading) and stays so."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
-        self.transformer = Transformer(settings.transformer)
-        self.text_encoder = Umt5Encoder(settings.text)
-        for module in self.transformer.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.transformer.head.linear.weight)  # starts as "no flow"
-
-    def text_kv(self, ids: Tensor, prompt: Tensor) -> TextKV:
-        """Text keys and values [layers, B, G, S, H, d] from ids [B, 2, S] and which of them chunks follow [B, G]."""
-        flat = ids.flatten(0, 1)
-        embeds = self.text_encoder(flat, flat != 0).unflatten(0, ids.shape[:2])
-        pair = self.transformer.text_kv(embeds)
-        clip = torch.arange(len(ids), device=ids.device)[:, None]
-        return TextKV(pair.k[:, clip, prompt], pair.v[:, clip, prompt])
-
-
-@dataclass(frozen=True)
-class TeacherForcing:
-    """What does not change from step to step: who attends to whom, and where each token is.
-
-    The sequence is the clean chunks but the last, which nobody looks back at, then all noisy ones. All queries of a
-    chunk see the same frames, so attention is one small product per chunk over what it sees, not a masked one over the
-    whole sequence (a quarter of the work).
-    """
-
-    seen: Tensor
-    """int64 [2·G - 1, K]: the frames of the sequence each chunk attends to, filled up with any where they are fewer."""
-    hidden: Tensor
-    """float32 [2·G - 1, 1, 1, K·tokens]: -inf at what only fills up, else 0."""
-    rotary: Tensor
-    """complex64 [2·G - 1, L, 1, d/2]"""
-
-    @classmethod
-    def of(cls, settings: Settings, chunks: int, device: str) -> TeacherForcing:
-        stream, model = settings.stream, settings.transformer
-        grid = Grid.of(model, stream)
-        visible = visible_frames(stream, chunks)
-        most = max(map(len, visible))
-        seen = torch.tensor([frames + frames[:1] * (most - len(frames)) for frames in visible])
-        filler = torch.arange(most) >= torch.tensor([[len(frames)] for frames in visible])
-        hidden = torch.zeros(filler.shape).masked_fill(filler, float("-inf")).repeat_interleave(grid.tokens, 1)
-        phases = rotary_phases(model, range(chunks * stream.chunk), grid.rows, grid.columns, torch.device(device))
-        rotary = phases.unflatten(0, (chunks, -1))
-        return cls(seen.to(device), hidden[:, None, None].to(device), torch.cat((rotary[:-1], rotary)))
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Self attention of the whole sequence, [B, 2·G - 1, L, H, d] each."""
-        k, v = (self._gather(part) for part in (k, v))
-        logits = torch.matmul(q.transpose(2, 3), k.permute(0, 1, 3, 4, 2)).float()
-        weights = (logits * q.shape[-1] ** -0.5 + self.hidden).softmax(-1).to(v.dtype)
-        return torch.matmul(weights, v.transpose(2, 3)).transpose(2, 3)
-
-    def _gather(self, part: Tensor) -> Tensor:
-        """Keys or values [B, 2·G - 1, L, H, d] -> those each chunk sees, [B, 2·G - 1, K·tokens, H, d]."""
-        chunks, most = self.seen.shape
-        tokens = self.hidden.shape[-1] // most
-        frames = part.flatten(1, 2).unflatten(1, (-1, tokens))
-        return frames.index_select(1, self.seen.flatten()).unflatten(1, (chunks, most)).flatten(2, 3)
-
-    def flow(self, model: FlowModel, clean: Tensor, noisy: Tensor, timesteps: Tensor, clips: Clips) -> Tensor:
-        """The flow at the noisy chunks [B, G, L, P], their timesteps [B, G], with the clean chunks as their past."""
-        both = torch.cat((clean[:, :-1], noisy), dim=1)
-        when = torch.cat((torch.zeros_like(timesteps[:, :-1]), timesteps), dim=1)
-        with torch.autocast(both.device.type, enabled=False):
-            table = model.transformer.modulation(when)
-        modulation = Modulation(table.blocks.unsqueeze(-2), table.head.unsqueeze(-2))
-        text = model.text_kv(clips.ids, torch.cat((clips.prompt[:, :-1], clips.prompt), dim=1))
-        flow: Tensor = model.transformer(both, modulation, self.rotary, text, self.attend)
-        return flow[:, -clean.shape[1] :]
-
-
-def visible_frames(stream: StreamConfig, chunks: int) -> list[list[int]]:
-    """The frames of the sequence that each of its chunks sees, as the streaming ring has it."""
-    ring, count = ring_for(stream), chunks * stream.chunk
-    clean_count = count - stream.chunk
-    clean, noisy = [], []
-    for start in range(0, count, stream.chunk):
-        plan = ring.plan(start, stream.chunk)
-        own = list(plan.frames)
-        past = [frame for frame in ring.visible_frames(plan) if frame not in plan.frames]
-        clean.append(past + own)
-        noisy.append(past + [clean_count + frame for frame in own])
-    return clean[:-1] + noisy
-
-
-def train(settings: Settings, folder: Path, device: str, until: int | None = None) -> None:
+def train(settings: Settings, folder: Path, device: str, until: int | None = None, stage: Stage = STAGES[0]) -> None:
     """Train to the end, or to step `until`, going on from the checkpoint in `folder`."""
-    own = settings.flow
+    own: FlowSettings = getattr(settings, stage)
     clips = make_clips(settings, folder, device)
-    torch.manual_seed(settings.seed)
-    model = FlowModel(settings).to(device)
-    model.text_encoder.load_state_dict(reading.weights(folder))
-    model.text_encoder.requires_grad_(False)
-    forcings = {length: TeacherForcing.of(settings, length, device) for length in own.lengths}
+    late = make_clips(settings, folder, device, late=True) if own.given else None
+    model = fresh_model(settings, folder, own.start, device)
+    passes = {length: ClipPass.of(own.forcing, settings, length, device) for length in own.lengths}
 
     def losses_of(step: int) -> Losses:
         rng = np.random.default_rng((settings.seed, 5, step))
         length = own.lengths[step % len(own.lengths)]
-        picked = torch.from_numpy(rng.integers(len(clips), size=own.batch_chunks // (2 * length - 1)))
-        batch = clips.pick(picked, length, device)
-        # The plain formula: on CPUs the fused attention's backward pass is several times slower for so few keys.
-        with torch.autocast(batch.tokens.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            return losses(model, forcings[length], batch, rng, own)
+        given = late is not None and rng.random() < own.given
+        pool = late if given and late is not None else clips
+        count = own.batch_chunks // (length + passes[length].clean)
+        batch = pool.pick(torch.from_numpy(rng.integers(len(pool), size=count)), length, device)
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16), plain_attention(device):
+            return losses(model, passes[length], batch, rng, own, settings.stream.shift, given=given)
 
-    loop = LoopSettings(own.steps, own.learning_rate, own.warmup, own.decay, own.weight_decay, own.ema)
-    Loop(model, loop, folder, NAME).run(losses_of, until)
+    trainee = Trainee(model, Descent(own.learning_rate, own.weight_decay, ema=own.ema))
+    Loop(trainee, LoopSettings(own.steps, own.warmup, own.decay), folder, stage).descend(losses_of, until)
 
 
 def losses(
-    model: FlowModel, forcing: TeacherForcing, clips: Clips, rng: np.random.Generator, settings: FlowSettings
+    model: VideoModel,
+    clip_pass: ClipPass,
+    clips: Clips,
+    rng: np.random.Generator,
+    own: FlowSettings,
+    shift: float,
+    *,
+    given: bool = False,
 ) -> Losses:
-    """The squared error of the flow, every chunk at a noise level of its own."""
+    """The squared error of the flow: every chunk at a noise level of its own, or all of a clip at one (the judge).
+
+    Where the first chunk is given, it is seen as it is, at level 0, and counts for nothing.
+    """
     clean = clips.tokens
-    sigma = noise_levels(clean.shape[:2], rng, settings.shift, clean.device)
-    noise = _normals(clean.shape, rng, clean.device)
+    count, chunks = clean.shape[:2]
+    levels = noise_levels((count, 1 if own.forcing == "none" else chunks), rng, shift)
+    sigma = levels.expand(count, chunks).clone().to(clean.device)
+    if given:
+        sigma[:, 0] = 0
+    noise = normals(clean.shape, rng, clean.device)
     noisy = torch.lerp(clean, noise, sigma[..., None, None])
-    amount = settings.context_noise * torch.from_numpy(rng.random(clean.shape[:2], np.float32)).to(clean.device)
-    context = torch.lerp(clean, _normals(clean.shape, rng, clean.device), amount[..., None, None])
-    flow = forcing.flow(model, context, noisy, 1000 * sigma, clips).float()
+    amount = own.context_noise * torch.from_numpy(rng.random(clean.shape[:2], np.float32)).to(clean.device)
+    context = torch.lerp(clean, normals(clean.shape, rng, clean.device), amount[..., None, None])
+    text = model.text_kv(_some_left_out(clips.prompts, rng, own.unprompted))
+    flow = clip_pass.flow(model.transformer, noisy, 1000 * sigma, text, context)
     error = (flow - (noise - clean)).square().mean(dim=(2, 3))
-    return {"loss": error.mean(), "high": _mean_where(error, sigma > 0.8), "low": _mean_where(error, sigma <= 0.5)}
+    counted = sigma > 0
+    return {
+        "loss": _mean_where(error, counted),
+        "high": _mean_where(error, sigma > 0.8).detach(),
+        "low": _mean_where(error, counted & (sigma <= 0.5)).detach(),
+    }
 
 
-def noise_levels(shape: tuple[int, ...], rng: np.random.Generator, shift: float, device: torch.device) -> Tensor:
+def noise_levels(shape: tuple[int, ...], rng: np.random.Generator, shift: float) -> Tensor:
     """Sigmas in (0, 1), warped by the shift; spread evenly over the batch, which steadies the loss."""
     count = int(np.prod(shape))
     even = (rng.permutation(count) + rng.random(count)) / count
-    return torch.from_numpy(shift * even / (1 + (shift - 1) * even)).float().view(shape).to(device)
+    return torch.from_numpy(shift * even / (1 + (shift - 1) * even)).float().view(shape)
 
 
-def _normals(shape: tuple[int, ...], rng: np.random.Generator, device: torch.device) -> Tensor:
+def normals(shape: tuple[int, ...], rng: np.random.Generator, device: torch.device) -> Tensor:
+    """Standard normals, float32."""
     return torch.from_numpy(rng.standard_normal(shape, np.float32)).to(device)
 
 
+def _some_left_out(prompts: Prompts, rng: np.random.Generator, share: float) -> Prompts:
+    """The same with a share of the videos' prompts replaced by padding."""
+    if not share:
+        return prompts
+    kept = torch.from_numpy(rng.random(len(prompts.ids)) >= share).to(prompts.ids.device)
+    return Prompts(prompts.ids * kept[:, None, None], prompts.chunks)
+
+
 def _mean_where(values: Tensor, where: Tensor) -> Tensor:
-    return (values.detach() * where).sum() / where.sum().clamp(min=1)
+    return (values * where).sum() / where.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""The loop both trainings share: resumable, seeded, with a progress bar and a CSV log.
+"""The loop that all trainings share: resumable, seeded, with a progress bar, a CSV log and a plot of it.
 
 Every step draws its data from a generator made of (seed, step) alone, so a run that was stopped and resumed goes on
 exactly as one that was not.
@@ -10,7 +10,7 @@ import csv
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,35 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sfrt_train.plot import plot_log
+
 Losses = dict[str, Tensor]
 """Named scalars of one step; the one called "loss" is descended."""
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long and how fast to train; learning rates and decays as AdamW means them."""
+    """How long to train, and how the learning rate goes up and down."""
 
     steps: int
-    learning_rate: float
     warmup: int
     decay: float = 1.0
     """Share of the steps, at the end, in which the learning rate goes down."""
-    weight_decay: float = 0.0
-    ema: float = 0.0
-    """Decay of the averaged weights; 0 keeps none."""
     checkpoint_seconds: float = 60.0
     log_every: int = 20
+
+
+@dataclass(frozen=True)
+class Descent:
+    """AdamW's settings, and the averaging of weights."""
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    ema: float = 0.0
+    """Decay of the averaged weights; 0 keeps none."""
+    ema_from: int = 0
+    """The update from which on they are averaged; until then they are the newest."""
 
 
 def learning_rate_factor(step: int, settings: LoopSettings) -> float:
@@ -55,39 +66,107 @@ def save(path: Path, state: Any) -> None:
     os.replace(partial, path)
 
 
-def _decays(parameter: nn.Parameter) -> bool:
-    return parameter.ndim > 1
+class Trainee:
+    """A module with its optimizer and, where asked for, its averaged weights."""
+
+    def __init__(self, module: nn.Module, descent: Descent) -> None:
+        self.module, self.descent = module, descent
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": descent.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            betas=descent.betas,
+        )
+        self.averaged = {key: value.clone() for key, value in module.state_dict().items()} if descent.ema else None
+        self.updates = 0
+
+    def descend(self, loss: Tensor, factor: float) -> None:
+        """One update against the loss' gradient; factor scales the learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * self.descent.learning_rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.updates += 1
+        self._average()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.averaged is None:
+            return
+        # The decay grows to its full value, so that the first weights do not linger.
+        averages = max(0, self.updates - self.descent.ema_from)
+        decay = min(self.descent.ema, (1 + averages) / (10 + averages)) if averages else 0.0
+        own = self.module.state_dict()
+        torch._foreach_lerp_(list(self.averaged.values()), [own[key] for key in self.averaged], 1 - decay)
+
+    def state(self) -> dict[str, Any]:
+        """All there is to go on from."""
+        return {
+            "updates": self.updates,
+            "module": self.module.state_dict(),
+            "averaged": self.averaged,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.updates = state["updates"]
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.averaged is not None:
+            for key, value in state["averaged"].items():
+                self.averaged[key].copy_(value)
 
 
 class Loop:
-    """Trains a module to `settings.steps` steps, from its checkpoint where there is one."""
+    """Trains to `settings.steps` steps, from its checkpoint where there is one.
 
-    def __init__(self, module: nn.Module, settings: LoopSettings, folder: Path, name: str) -> None:
-        self.module, self.settings, self.name = module, settings, name
+    model is what the training is for; beside are others that are trained with it, by name.
+    """
+
+    def __init__(
+        self,
+        model: Trainee,
+        settings: LoopSettings,
+        folder: Path,
+        name: str,
+        beside: Mapping[str, Trainee] | None = None,
+    ) -> None:
+        self.model, self.beside, self.settings, self.name = model, beside or {}, settings, name
         self.checkpoint, self.log = folder / f"{name}.pt", folder / f"{name}.csv"
-        parameters = list(module.parameters())
         folder.mkdir(parents=True, exist_ok=True)
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in parameters if _decays(p)], "weight_decay": settings.weight_decay},
-                {"params": [p for p in parameters if not _decays(p)], "weight_decay": 0.0},
-            ],
-            betas=(0.9, 0.98),
-        )
-        self.averaged = {key: value.clone() for key, value in module.state_dict().items()} if settings.ema else None
         self.step = 0
         self.seconds = 0.0
         if self.checkpoint.exists():
             self._resume()
 
-    def run(self, losses_of: Callable[[int], Losses], until: int | None = None) -> None:
+    def descend(self, losses_of: Callable[[int], Losses], until: int | None = None) -> None:
         """Steps until `until` (or the end); `losses_of(step)` computes one step's losses on its own data."""
+
+        def advance(step: int, factor: float) -> Losses:
+            losses = losses_of(step)
+            self.model.descend(losses["loss"], factor)
+            return losses
+
+        self.run(advance, until)
+
+    def run(self, advance: Callable[[int, float], Losses], until: int | None = None) -> None:
+        """The same where a step is more than one update: `advance(step, factor)` makes them all.
+
+        factor is that of the learning rates.
+        """
         end = self.settings.steps if until is None else min(until, self.settings.steps)
         saved, started = time.monotonic(), time.monotonic()
         recent: list[dict[str, float]] = []
         with tqdm(total=self.settings.steps, initial=self.step, desc=self.name, mininterval=5, unit="step") as bar:
             while self.step < end:
-                losses = self._advance(losses_of)
+                losses = advance(self.step, learning_rate_factor(self.step, self.settings))
+                self.step += 1
                 recent.append({key: float(value.detach()) for key, value in losses.items()})
                 now = time.monotonic()
                 self.seconds, started = self.seconds + now - started, now
@@ -101,47 +180,20 @@ class Loop:
                     self.save()
                     saved = now
         self.save()
+        if self.log.exists():
+            plot_log(self.log)
 
     def save(self) -> None:
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "module": self.module.state_dict(),
-            "averaged": self.averaged,
-            "optimizer": self.optimizer.state_dict(),
-        }
-        save(self.checkpoint, state)
-
-    def _advance(self, losses_of: Callable[[int], Losses]) -> Losses:
-        factor = learning_rate_factor(self.step, self.settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = factor * self.settings.learning_rate
-        losses = losses_of(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-        self.optimizer.step()
-        self.step += 1
-        self._average()
-        return losses
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        if self.averaged is None:
-            return
-        # The decay grows to its full value, so that the first weights do not linger.
-        decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
-        own = self.module.state_dict()
-        torch._foreach_lerp_(list(self.averaged.values()), [own[key] for key in self.averaged], 1 - decay)
+        """Write the checkpoint."""
+        beside = {name: trainee.state() for name, trainee in self.beside.items()}
+        save(self.checkpoint, {"step": self.step, "seconds": self.seconds, **self.model.state(), "beside": beside})
 
     def _resume(self) -> None:
         state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
-        if self.averaged is not None:
-            for key, value in state["averaged"].items():
-                self.averaged[key].copy_(value)
+        self.model.resume(state)
+        for name, trainee in self.beside.items():
+            trainee.resume(state["beside"][name])
 
     def _write_log(self, losses: dict[str, float]) -> None:
         fresh = not self.log.exists()

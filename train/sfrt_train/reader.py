@@ -13,7 +13,7 @@ from sfrt_train.data import COLOURS, DIRECTIONS, SHAPES, SIZE, Scene, coverage
 
 _NAMES = list(COLOURS)
 _PALETTE = torch.tensor(list(COLOURS.values()))
-_AREA = {"circle": math.pi, "square": 4.0, "triangle": 0.675**2 * 3 * math.sqrt(3)}
+AREA = {"circle": math.pi, "square": 4.0, "triangle": 0.675**2 * 3 * math.sqrt(3)}
 _FITS = 0.8
 """Overlap with the best of the three shapes below which an object has none of them."""
 
@@ -27,7 +27,7 @@ def read_scene(pixels: Tensor) -> Scene:
     seen = masks.flatten(1).sum(1) > 30
     if seen.float().mean() < 0.8:
         return Scene("?", "?", "?", _NAMES[ground])
-    centres = _centres(masks[seen])
+    centres = centres_of(masks[seen])
     shape = _most([_shape(mask, centre) for mask, centre in zip(masks[seen], centres, strict=True)])
     return Scene(_NAMES[colour], shape, motion_of(centres.numpy()), _NAMES[ground])
 
@@ -49,7 +49,7 @@ def _masks(pixels: Tensor, colour: int, ground: int) -> Tensor:
     return along.clamp(0, 1).where(along > 0.25, 0.0)
 
 
-def _centres(masks: Tensor) -> Tensor:
+def centres_of(masks: Tensor) -> Tensor:
     """Centroids [F, 2] (x, y) on the torus: a circular mean, then a plain one with that in the middle."""
     angles = 2 * math.pi * (torch.arange(SIZE) + 0.5) / SIZE
     turn = torch.polar(torch.ones(SIZE), angles)
@@ -68,7 +68,7 @@ def _shape(mask: Tensor, centre: Tensor) -> str:
     area = float(mask.sum())
     best, name = _FITS, "?"
     for shape in SHAPES:
-        drawn = coverage(centre[None], math.sqrt(area / _AREA[shape]), shape)[0]
+        drawn = coverage(centre[None], math.sqrt(area / AREA[shape]), shape)[0]
         overlap = float(torch.minimum(drawn, mask).sum() / torch.maximum(drawn, mask).sum())
         if overlap > best:
             best, name = overlap, shape

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sfrt.text import Tokenizer, Umt5Encoder
 from sfrt_train.data import COLOURS, MOTIONS, SHAPES, Scene, say, split_scenes
-from sfrt_train.loop import Loop, LoopSettings, Losses, weights_of
+from sfrt_train.loop import Descent, Loop, LoopSettings, Losses, Trainee, weights_of
 from sfrt_train.settings import Settings
 from sfrt_train.vocabulary import make_tokenizer
 
@@ -58,7 +58,9 @@ def train(settings: Settings, folder: Path, device: str, until: int | None = Non
         ids, mask = tokenizer.batch([say(scene, rng) for scene in batch])
         return losses(model(ids.to(device), mask.to(device)), batch)
 
-    Loop(model, LoopSettings(own.steps, own.learning_rate, own.warmup), folder, NAME).run(losses_of, until)
+    Loop(Trainee(model, Descent(own.learning_rate)), LoopSettings(own.steps, own.warmup), folder, NAME).descend(
+        losses_of, until
+    )
 
 
 def losses(logits: dict[str, Tensor], scenes: list[Scene]) -> Losses:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from sfrt.config import ModelConfig, StreamConfig, TaehvConfig, Umt5Config
+
+Forcing = Literal["teacher", "diffusion", "none"]
+"""The past that a chunk is trained with: see sfrt_train.forcing."""
+Loss = Literal["dmd", "sid", "gan"]
+"""What a rolled-out video is judged by: see sfrt_train.judging."""
 
 
 @dataclass(frozen=True)
@@ -37,26 +43,92 @@ class ReadingSettings:
 
 
 @dataclass(frozen=True)
-class FlowSettings:
-    """The training of the transformer and the text encoder."""
+class ClipSettings:
+    """The pools of clips that stages learn from."""
 
+    chunks: int = 5
+    """Of a clip: the length that every stage is trained at."""
+    clips: int = 3072
+    late_clips: int = 1024
+    """Clips from the middle of longer ones, for the judge of long rollouts."""
+    switch_share: float = 0.5
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """One training of the transformer by flow matching (the defaults: teacher forcing, from nothing)."""
+
+    forcing: Forcing = "teacher"
+    start: str | None = None
+    """The stage whose weights it starts from."""
     steps: int = 16500
     batch_chunks: int = 72
     """Chunks in a step, clean ones included, however long its clips are."""
     lengths: tuple[int, ...] = (5, 1)
     """Chunks of a clip, in turn from step to step. Only a first chunk and one after a prompt switch need the text,
     so every other step is made of first chunks alone."""
-    clips: int = 3072
-    chunks: int = 5
-    switch_share: float = 0.5
     learning_rate: float = 1.5e-3
     warmup: int = 200
     decay: float = 0.35
     weight_decay: float = 0.02
-    shift: float = 3.0
     context_noise: float = 0.05
     """Most noise that is mixed into the clean context, still labelled t = 0, so that small errors do not pile up."""
+    unprompted: float = 0.0
+    """Share of the clips that are shown without their prompts, for classifier-free guidance."""
+    given: float = 0.0
+    """Share of the clips that begin in the middle of a longer one, their first chunk given as it is."""
     ema: float = 0.997
+
+
+@dataclass(frozen=True)
+class PairsSettings:
+    """The trajectories of the many-step model, and the regression on them."""
+
+    videos: int = 1024
+    batch: int = 64
+    teacher_steps: int = 20
+    """Euler steps of a trajectory; a multiple of the few steps, so that those are among them."""
+    steps: int = 1500
+    batch_chunks: int = 72
+    learning_rate: float = 5e-4
+    warmup: int = 100
+    decay: float = 0.5
+    weight_decay: float = 0.02
+    context_noise: float = 0.05
+    ema: float = 0.995
+
+
+@dataclass(frozen=True)
+class SelfForcingSettings:
+    """Self Forcing. One step is one update of the generator and the critic's before it."""
+
+    loss: Loss = "dmd"
+    steps: int = 400
+    batch: int = 16
+    critic_updates: int = 5
+    learning_rate: float = 1e-4
+    critic_learning_rate: float = 2e-4
+    betas: tuple[float, float] = (0.0, 0.99)
+    warmup: int = 10
+    decay: float = 0.3
+    weight_decay: float = 0.01
+    guidance: float = 0.0
+    """real = conditional + guidance · (conditional - unconditional)."""
+    levels: tuple[float, float] = (0.02, 0.98)
+    """The noise levels a video is judged at, before the shift."""
+    long_share: float = 0.2
+    """Share of the updates on rollouts that go on beyond the judged length, of which the last part is judged."""
+    longest: int = 10
+    """Chunks of such a rollout at most."""
+    switch_share: float = 0.5
+    """Share of the rollouts whose prompt changes where a chunk begins."""
+    sid_alpha: float = 1.0
+    penalty: float = 10.0
+    """Weight of R1 and R2 (GAN)."""
+    penalty_noise: float = 0.05
+    ema: float = 0.98
+    ema_from: int = 40
+    """The step from which on weights are averaged."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +154,32 @@ class Settings:
         vocab_size=384, dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=3, num_buckets=16, max_distance=32
     )
     stream: StreamConfig = StreamConfig(
-        window=9,
-        steps=(1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0),
-        sampler="euler",
-        shift=3.0,
-        height=64,
-        width=64,
+        window=9, steps=(1000.0, 750.0, 500.0, 250.0), sampler="renoise", shift=3.0, height=64, width=64
     )
+    many_steps: int = 8
+    """Euler steps that a model trained by flow matching alone is used with."""
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
     reading: ReadingSettings = field(default_factory=ReadingSettings)
-    flow: FlowSettings = field(default_factory=FlowSettings)
+    clips: ClipSettings = field(default_factory=ClipSettings)
+    teacher_forcing: FlowSettings = field(default_factory=FlowSettings)
+    diffusion_forcing: FlowSettings = field(default_factory=lambda: FlowSettings("diffusion"))
+    judge: FlowSettings = field(
+        default_factory=lambda: FlowSettings(
+            "none",
+            start="teacher_forcing",
+            steps=4000,
+            lengths=(5,),
+            learning_rate=5e-4,
+            context_noise=0.0,
+            unprompted=0.1,
+            given=0.25,
+            ema=0.995,
+        )
+    )
+    pairs: PairsSettings = field(default_factory=PairsSettings)
+    self_forcing: SelfForcingSettings = field(default_factory=SelfForcingSettings)
+
+    def euler(self, steps: int) -> StreamConfig:
+        """The stream of a model trained by flow matching alone, with so many steps."""
+        listed = tuple(1000.0 * (steps - i) / steps for i in range(steps))
+        return replace(self.stream, steps=listed, sampler="euler")
