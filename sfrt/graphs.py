@@ -15,8 +15,8 @@ D model features; C × h × w latents; B = 1 throughout.
     decoder           a later chunk and the state before it → pixels, state
     encoder_first, encoder    the same from pixels to latents
 
-No weight of the transformer is in two graphs that a stream runs: ONNX Runtime packs a graph's weights for its kernels and
-TensorRT builds them into its plan, so that what two graphs had in common would lie in memory twice.
+No weight of the transformer is in two graphs that a stream runs: ONNX Runtime packs a graph's weights for its kernels
+and TensorRT builds them into its plan, so that what two graphs had in common would lie in memory twice.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ KINDS: tuple[Kind, Kind] = ("k", "v")
 
 OPSET: Final = 24
 
-# refresh and step: inputs; flow has all but the tokens and where to write, and of the rings and the text the last layer's
+# inputs of refresh and step; flow has all but the tokens and where to write, the rings and text of the last layer
 TOKENS: Final = "tokens"  # float32 [L, P]
 STEP: Final = "step"  # int64 []: row of the modulation tables
 ROTARY_COS: Final = "rotary_cos"  # float32 [1, L, d/2]

@@ -32,7 +32,10 @@ def step_graph(config: ModelConfig, weights: ExternalWeights, dtype: DTypeName) 
 
 
 class _Pass:
-    """All or part of a pass over a chunk, with the rings of `layers`. x is [L, D]; queries, keys, values are [1, H, L, d]."""
+    """All or part of a pass over a chunk, with the rings of `layers`.
+
+    x is [L, D]; queries, keys and values are [1, H, L, d].
+    """
 
     def __init__(self, config: ModelConfig, builder: GraphBuilder, masked: bool, layers: range) -> None:
         self._config = config
