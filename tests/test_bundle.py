@@ -8,7 +8,8 @@ import os
 import resource
 import shutil
 import signal
-import threading
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -155,14 +156,15 @@ def test_an_interrupt_ends_hashing(tmp_path: Path) -> None:
     for part in ("transformer", "decoder"):
         os.truncate(tmp_path / "model" / f"{part}.safetensors", 1 << 36)
         edit_manifest(tmp_path / "model", set_at("files", f"{part}.safetensors", "bytes", value=1 << 36))
-    thread = threading.main_thread().ident
-    assert thread is not None
-    interrupt = threading.Timer(0.3, signal.pthread_kill, (thread, signal.SIGINT))
-    interrupt.start()
-    started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        Bundle.open(tmp_path / "model")
-    assert time.monotonic() - started < 15
+    source = "import sys; from sfrt.bundle import Bundle; print(flush=True); Bundle.open(sys.argv[1])"
+    command = [sys.executable, "-c", source, str(tmp_path / "model")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.3)  # into the hashing
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=15)
+    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in said
 
 
 def test_missing_and_truncated_files(tmp_path: Path) -> None:
