@@ -156,7 +156,11 @@ def test_an_interrupt_ends_hashing(tmp_path: Path) -> None:
     for part in ("transformer", "decoder"):
         os.truncate(tmp_path / "model" / f"{part}.safetensors", 1 << 36)
         edit_manifest(tmp_path / "model", set_at("files", f"{part}.safetensors", "bytes", value=1 << 36))
-    source = "import sys; from sfrt.bundle import Bundle; print(flush=True); Bundle.open(sys.argv[1])"
+    # A process begun in the background ignores interrupts, and so would its child.
+    source = (
+        "import signal, sys; from sfrt.bundle import Bundle; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); print(flush=True); Bundle.open(sys.argv[1])"
+    )
     command = [sys.executable, "-c", source, str(tmp_path / "model")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
