@@ -11,7 +11,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -24,7 +23,6 @@ from sfrt.backends.torch import TorchBackend
 from sfrt.bundle import Bundle, Quantization
 from sfrt.bundle.quantization import Method, Quality
 from sfrt.bundle.writer import BundleWriter
-from sfrt.cli import cli
 from sfrt.errors import BundleError, ConfigError
 from sfrt.ops.linear import Linear, pack_for_cpu
 from sfrt.ops.quantized_linear import FLOAT8, LARGEST, QuantizedLinear, quantize, row_scales
@@ -337,6 +335,10 @@ def test_each_bound_is_kept() -> None:
 
 
 def run(*arguments: object) -> tuple[int, str]:
+    from click.testing import CliRunner  # not at the top: the GPU tests run where there is no command line
+
+    from sfrt.cli import cli
+
     outcome = CliRunner().invoke(cli, list(map(str, arguments)))
     return outcome.exit_code, outcome.output
 
