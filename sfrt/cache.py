@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sfrt.config import ModelConfig
-from sfrt.device import require_memory
-from sfrt.ops.attention import ATTENTION
+from sfrt.device import on_device, require_memory
+from sfrt.ops.attention import ATTENTION, ATTENTION_FLOAT8
 from sfrt.ops.choice import Ops
-from sfrt.ops.rolling_kv import QKV, ROLLING_KV
+from sfrt.ops.eight_bits import FLOAT8
+from sfrt.ops.rolling_kv import QKV, ROLLING_KV, ROLLING_KV_FLOAT8, RingScales
 from sfrt.ops.shift_keys import shift_keys
 from sfrt.ring import ChunkPlan, Ring
 
@@ -41,9 +42,11 @@ class SinkKeys:
             if not self._kept:
                 for written, place in zip(self._written, places, strict=True):
                     written.copy_(place)
+                self._kept = True  # before they move: whatever interrupts that, these are as they were written
             for written, place in zip(self._written, places, strict=True):
                 place.copy_(shift_keys(written, shift, self._base))
-        self._kept = shift > 0
+        else:
+            self._kept = False
 
     def state(self) -> dict[str, Tensor]:
         """The keys as written, where they have moved on from there: memory of this ring."""
@@ -62,32 +65,49 @@ class SinkKeys:
 class KVCache:
     """Keys and values of every layer in ring slots, each [layers, H, slots · tokens, d]; written in place, never moved.
 
-    tokens is the number of tokens per latent frame. Between `place` and the next one, every pass writes the same slots.
-    Raises DeviceError where the memory is not there.
+    tokens is the number of tokens per latent frame. With scales, the ring holds e4m3 values. Between `place` and the
+    next one, every pass writes the same slots. Raises DeviceError where the memory is not there.
     """
 
     def __init__(
-        self, config: ModelConfig, ring: Ring, tokens: int, device: torch.device, dtype: torch.dtype, ops: Ops
+        self,
+        config: ModelConfig,
+        ring: Ring,
+        tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        ops: Ops,
+        scales: RingScales | None = None,
     ) -> None:
         shape = (config.num_layers, config.num_heads, ring.slots * tokens, config.head_dim)
+        dtype = dtype if scales is None else FLOAT8
         needed = 2 * math.prod(shape) * dtype.itemsize
         require_memory(needed, f"a ring of {ring.slots} latent frames of {tokens} tokens", device)
         # Left as it comes: a slot is seen only once a frame was written to it.
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.tokens = tokens
-        self._rolling_kv = ops(ROLLING_KV)
-        self._attention = ops(ATTENTION)
+        self._scales = scales
+        self._rolling_kv = ops(ROLLING_KV if scales is None else ROLLING_KV_FLOAT8)
+        self._attention: Callable[..., Tensor] = ops(ATTENTION) if scales is None else ops(ATTENTION_FLOAT8)
         self._sinks = SinkKeys(config, ring, self.k, tokens)
         self._sink_slots = range(ring.sink)
         self._visible = 0
-        self._slots = torch.empty(0, dtype=torch.int64, device=device)
+        self._slots: dict[int, Tensor] = {}  # by the frames of a chunk; each stays where it is, for captured passes
+        self._placed = 0
 
     def place(self, plan: ChunkPlan) -> None:
         """Choose where the coming passes write and what they see."""
         self._sinks.place(plan.sink_shift, self._sink_slots)
         self._visible = plan.visible * self.tokens
-        self._slots = torch.tensor(plan.slots, device=self._slots.device)
+        self._placed = len(plan.slots)
+        slots = on_device(plan.slots, self.k.device)
+        self._slots.setdefault(self._placed, slots).copy_(slots)
+
+    @property
+    def place_key(self) -> tuple[int, int]:
+        """What of the place is built into work that is captured there: frames placed, keys in view."""
+        return self._placed, self._visible
 
     def state(self) -> dict[str, Tensor]:
         """The slots that hold anything, and the sinks: the ring's own memory."""
@@ -103,7 +123,8 @@ class KVCache:
     def attend(self, layer: int, qkv: QKV) -> Tensor:
         """Write the chunk's keys and values to their slots and attend to all that is visible; [L, H, d]."""
         q = self._write(layer, qkv)
-        return self._attention(q, self.k[layer, :, : self._visible], self.v[layer, :, : self._visible])
+        seen = self.k[layer, :, : self._visible], self.v[layer, :, : self._visible]
+        return self._attention(q, *seen, *self._scales_of(layer))
 
     def write(self, layer: int, qkv: QKV) -> None:
         """Write the chunk's keys and values to their slots."""
@@ -112,5 +133,10 @@ class KVCache:
     def _write(self, layer: int, qkv: QKV) -> Tensor:
         """The queries, [L, H, d]."""
         ring = self.k[layer], self.v[layer]
-        q, _, _ = self._rolling_kv(qkv.product, qkv.norm_q, qkv.norm_k, qkv.rotary, self._slots, *ring, qkv.eps)
+        slots = self._slots[self._placed]
+        product = qkv.product, qkv.norm_q, qkv.norm_k, qkv.rotary
+        q, _, _ = self._rolling_kv(*product, slots, *ring, qkv.eps, *self._scales_of(layer))
         return q
+
+    def _scales_of(self, layer: int) -> tuple[Tensor, ...]:
+        return () if self._scales is None else (self._scales.k[layer], self._scales.v[layer])

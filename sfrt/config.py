@@ -15,6 +15,7 @@ from sfrt.errors import ConfigError
 Sampler = Literal["renoise", "euler"]
 Positions = Literal["absolute", "window"]
 Refresh = Literal["rolling", "rebuild", "reencode"]
+RingDType = Literal["model", "float8"]
 Placement = Literal["auto", "resident", "on-demand", "cpu"]
 """Where a text encoder stays: see sfrt.prompts."""
 
@@ -104,6 +105,9 @@ class StreamConfig:
     all that it saw; "rebuild" fills the cache anew before every chunk, from no more than the clean frames in view;
     "reencode" does so too, with the first of them, where it does not begin the video, encoded anew as a picture of its
     last pixel frame, since a model knows only pictures to begin with (Krea realtime).
+
+    ring_dtype is what the cache keeps keys and values in: "model", as the model runs, or "float8" (e4m3), half of 16
+    bits, on the torch backend alone. A CPU cannot multiply it: there it is slower, for a quarter of the memory.
     """
 
     chunk: int = 3
@@ -115,6 +119,7 @@ class StreamConfig:
     sampler: Sampler = "renoise"
     positions: Positions = "absolute"
     refresh: Refresh = "rolling"
+    ring_dtype: RingDType = "model"
     warp: bool = True
     shift: float = 5.0
     context_noise: float = 0.0
@@ -135,7 +140,12 @@ class StreamConfig:
                 f"window {self.window} is smaller than chunk {self.chunk} + sink {self.sink}; "
                 f"make it at least {self.chunk + self.sink}",
             )
-        for setting, names in (("sampler", Sampler), ("positions", Positions), ("refresh", Refresh)):
+        for setting, names in (
+            ("sampler", Sampler),
+            ("positions", Positions),
+            ("refresh", Refresh),
+            ("ring_dtype", RingDType),
+        ):
             value, known = getattr(self, setting), get_args(names)
             _require(value in known, f"{setting} cannot be {value!r}; choose one of: {', '.join(known)}")
         for steps in (self.steps, self.first_steps or self.steps):

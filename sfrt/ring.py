@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from sfrt.config import Positions, StreamConfig
+from sfrt.config import Positions, RingDType, StreamConfig
 from sfrt.errors import ConfigError
 
 
@@ -39,11 +39,12 @@ class ChunkPlan:
 
 @dataclass(frozen=True)
 class Ring:
-    """A sink and a rolling region of slots, each one latent frame wide; positions as StreamConfig has them."""
+    """A sink and a rolling region of slots, each one latent frame wide; the rest is as StreamConfig has it."""
 
     slots: int
     sink: int = 0
     positions: Positions = "absolute"
+    dtype: RingDType = "model"
 
     def __post_init__(self) -> None:
         if not 0 <= self.sink < self.slots:
@@ -95,10 +96,11 @@ def ring_for(config: StreamConfig, frames: int | None = None) -> Ring:
     Raises ConfigError for a stream without window and without limit.
     """
     if frames is not None and (config.window is None or frames <= config.window):
-        return Ring(max(frames, config.chunk))  # nothing is ever evicted, so no sink is needed
+        # Nothing is ever evicted, so no sink is needed.
+        return Ring(max(frames, config.chunk), dtype=config.ring_dtype)
     if config.window is None:
         raise ConfigError("a stream without a window keeps every frame; give it a limit, or a window to roll in")
-    return Ring(config.window, config.sink, config.positions)
+    return Ring(config.window, config.sink, config.positions, config.ring_dtype)
 
 
 @dataclass(frozen=True)
@@ -144,11 +146,19 @@ class BlockRing:
     the sink and the first chunk are whole chunks, the slots are those of `ring`. Elsewhere a block may hold frames that
     have left the window beside others that have not, so that what is visible has holes.
 
-    Where the ring is filled anew with what is in view, that is taken in by other sizes if it is no whole chunks.
+    Where the ring is filled anew with what is in view, that is taken in by other sizes if it is no whole chunks. These
+    writers are exported graphs, which know one dtype: ConfigError for a ring of another.
     """
 
     ring: Ring
     sizes: ChunkSizes
+
+    def __post_init__(self) -> None:
+        if self.ring.dtype != "model":
+            raise ConfigError(
+                f"a ring in {self.ring.dtype} runs on the torch backend alone; choose backend 'torch', "
+                "or leave ring_dtype at 'model'"
+            )
 
     @property
     def has_holes(self) -> bool:

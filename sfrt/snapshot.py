@@ -34,7 +34,7 @@ from sfrt.errors import SnapshotError
 from sfrt.ring import ChunkSizes, Ring
 from sfrt.switching import How, Switch, Text
 
-VERSION = 1
+VERSION = 2
 _VERSION, _STREAM, _DECODER, _LAYOUTS, _HASH = "sfrt_snapshot", "stream", "decoder", "layouts", "sha256"
 _STATES = {state.__name__: state for state in (TaehvState, WanVaeState)}
 _GRAPHS = ".onnx"
@@ -76,7 +76,9 @@ class ModelId:
     def of(cls, manifest: Manifest, backend: str, dtype: str) -> ModelId:
         """The model of a bundle on a backend, whichever of a backend's providers."""
         parts = (manifest.model, manifest.decoder, manifest.text_encoder, manifest.quantization)
-        files = {name: info.sha256 for name, info in manifest.files.items() if not name.endswith(_GRAPHS)}
+        kernels = {name for each in manifest.kernels for name in each.files}
+        kept = [name for name in manifest.files if not name.endswith(_GRAPHS) and name not in kernels]
+        files = {name: manifest.files[name].sha256 for name in kept}
         said = json.dumps([*map(to_json, parts), files], sort_keys=True)
         return cls(manifest.name, hashlib.sha256(said.encode()).hexdigest(), backend.partition(":")[0], dtype)
 
@@ -187,7 +189,7 @@ def read_snapshot(path: str | Path, device: torch.device) -> Saved:
     if metadata.pop(_HASH, None) != _digest(kept, metadata):
         raise SnapshotError(f"{path} is damaged: it is not what its sha256 was taken of; take another snapshot")
     try:
-        record = from_json(_Record, json.loads(metadata[_STREAM]))
+        record = from_json(_Record, _brought_up(json.loads(metadata[_STREAM]), metadata[_VERSION]))
         layouts = json.loads(metadata[_LAYOUTS])
         tensors = {name: _laid_out(tensor, layouts.get(name)).to(device) for name, tensor in kept.items()}
         return _saved(record, tensors, json.loads(metadata[_DECODER]))
@@ -199,8 +201,16 @@ def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
     version = metadata.get(_VERSION)
     if version is None:
         raise SnapshotError(f"{path} is a safetensors file but no snapshot; give one that Session.snapshot wrote")
-    if version != str(VERSION):
+    if version not in ("1", str(VERSION)):
         raise SnapshotError(f"{path} is a snapshot of version {version} and this sfrt reads {VERSION}; update sfrt")
+
+
+def _brought_up(stream: dict[str, Any], version: str) -> dict[str, Any]:
+    """What a snapshot of any version that is read says of its stream, as this version has it."""
+    if version == "1":  # when all rings were of the model's dtype
+        settings = stream["settings"]
+        settings["stream"]["ring_dtype"] = settings["ring"]["dtype"] = "model"
+    return stream
 
 
 def _record(saved: Saved) -> _Record:

@@ -18,12 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfrt.config import ModelConfig
+from sfrt.device import on_device
 from sfrt.ops.attention import ATTENTION
 from sfrt.ops.choice import Ops, torch_ops
+from sfrt.ops.eight_bits import FLOAT8, Float8Rows, Rows, scales_up_to
+from sfrt.ops.gelu import GELU_FLOAT8
 from sfrt.ops.linear import Linear
-from sfrt.ops.modulate import MODULATE
+from sfrt.ops.modulate import MODULATE, MODULATE_FLOAT8
 from sfrt.ops.qk_norm import QK_NORM
-from sfrt.ops.rolling_kv import QKV
+from sfrt.ops.quantized_linear import takes_float8
+from sfrt.ops.rolling_kv import QKV, RingScales
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,18 @@ class Transformer(nn.Module):
         pairs = [block.cross_attn.keys_values(context) for block in self.layers()]
         return TextKV(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]))
 
+    def ring_scales(self, modulations: Sequence[Modulation]) -> RingScales:
+        """Scales for rings of e4m3 values that hold whatever passes at these modulations write, in any video.
+
+        No key and no value can lie beyond them, so there is nothing to calibrate, and nothing that a later prompt of a
+        stream could break. What is usual is about a √D-th of what is possible, which costs e4m3 no precision: it has
+        three bits of mantissa down to a 28672nd of its largest value.
+        """
+        norms = torch.stack([modulation.blocks[:, :2] for modulation in modulations], dim=1).float()
+        reaches = [block.self_attn.reach(*norms[layer].unbind(1)) for layer, block in enumerate(self.layers())]
+        keys, values = (scales_up_to(torch.stack(each), FLOAT8) for each in zip(*reaches, strict=True))
+        return RingScales(keys, values)
+
 
 class Block(nn.Module):
     """Self attention, cross attention to the text, feed-forward: each a branch of the residual stream."""
@@ -131,14 +147,12 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         self.eps = config.eps
-        self._modulate = ops(MODULATE)
+        self._modulate, self._modulate_float8 = ops(MODULATE), ops(MODULATE_FLOAT8)
         self.modulation = nn.Parameter(torch.normal(0.0, config.dim**-0.5, (6, config.dim)))
         self.self_attn = SelfAttention(config)
         self.cross_attn_norm = nn.LayerNorm(config.dim, eps=config.eps)
         self.cross_attn = CrossAttention(config, ops)
-        self.ffn = nn.Sequential(
-            Linear(config.dim, config.ffn_dim, activation="gelu_tanh"), Linear(config.ffn_dim, config.dim)
-        )
+        self.ffn = FeedForward(config, ops)
 
     def forward(
         self, residual: Residual, layer: int, modulation: Tensor, rotary: Tensor, text: TextKV, attend: Attend
@@ -146,18 +160,24 @@ class Block(nn.Module):
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(0)
         x, qkv = self.qkv(residual, modulation, rotary)
         attended = self.self_attn.o(attend(layer, qkv).flatten(-2))
-        x, h = self._normed(Residual(x, attended, gate), self.cross_attn_norm.weight, self.cross_attn_norm.bias)
-        x, h = self._normed(Residual(x, self.cross_attn(h, text.k[layer], text.v[layer])), ffn_scale, ffn_shift)
+        norm = self.cross_attn_norm
+        x, h = self._normed(Residual(x, attended, gate), norm.weight, norm.bias, self.cross_attn.q)
+        attended = self.cross_attn(h, text.k[layer], text.v[layer])
+        x, h = self._normed(Residual(x, attended), ffn_scale, ffn_shift, self.ffn[0])
         return Residual(x, self.ffn(h), ffn_gate)
 
     def qkv(self, residual: Residual, modulation: Tensor, rotary: Tensor) -> tuple[Tensor, QKV]:
         """The stream with its branch added, and what this layer's self attention is made of."""
-        x, h = self._normed(residual, scale=modulation[1], shift=modulation[0])
+        x, h = self._normed(residual, modulation[1], modulation[0], self.self_attn.qkv)
         return x, self.self_attn.qkv_of(h, rotary)
 
-    def _normed(self, residual: Residual, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """The stream with its branch added, and its modulated norm."""
-        return self._modulate(residual.x, residual.branch, residual.gate, scale, shift, self.eps)
+    def _normed(self, residual: Residual, scale: Tensor, shift: Tensor, reader: nn.Module) -> tuple[Tensor, Rows]:
+        """The stream with its branch added, and its modulated norm, as the product that reads it takes it."""
+        arguments = residual.x, residual.branch, residual.gate, scale, shift, self.eps
+        if takes_float8(reader):
+            x, *rows = self._modulate_float8(*arguments)
+            return x, Float8Rows(*rows)
+        return self._modulate(*arguments)
 
 
 class SelfAttention(nn.Module):
@@ -172,9 +192,23 @@ class SelfAttention(nn.Module):
         self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
         self.o = Linear(config.dim, config.dim)
 
-    def qkv_of(self, x: Tensor, rotary: Tensor) -> QKV:
+    def qkv_of(self, x: Rows, rotary: Tensor) -> QKV:
         """From x [..., L, D]."""
         return QKV(self.qkv(x), self.norm_q.weight, self.norm_k.weight, rotary, self.heads, self.eps)
+
+    def reach(self, shifts: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest key and value that each head can have where x is a norm modulated by one of these, float32 [H].
+
+        shifts and scales are [n, D]. A row that leaves a norm, before its weights, is of length √D at most. So are the
+        pairs of features that rotary phases turn, all together; and a product with it is at most √D times as large as
+        the other vector is long.
+        """
+        weight = self.qkv.dense().chunk(3)[2]
+        length = len(weight) ** 0.5
+        keys = length * self.norm_k.weight.float().abs()
+        shifted = self.qkv.in_float32(shifts).chunk(3, dim=-1)[2]
+        values = length * (scales.square() @ weight.square().t()).sqrt() + shifted.abs()
+        return keys.view(self.heads, -1).amax(-1), values.amax(0).view(self.heads, -1).amax(-1)
 
 
 class CrossAttention(nn.Module):
@@ -197,10 +231,28 @@ class CrossAttention(nn.Module):
         k = self._qk_norm(k, self.norm_k.weight, self.heads, self.eps)
         return k.transpose(-2, -3), v.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, x: Rows, k: Tensor, v: Tensor) -> Tensor:
         """[..., L, D] from x [..., L, D] and k, v [..., H, S, d]."""
         q = self._qk_norm(self.q(x), self.norm_q.weight, self.heads, self.eps)
         out: Tensor = self.o(self._attention(q, k, v).flatten(-2))
+        return out
+
+
+class FeedForward(nn.Sequential):
+    """Two products with the activation between them, which is part of the first, or makes the second's float8 rows."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__(Linear(config.dim, config.ffn_dim, activation="gelu_tanh"), Linear(config.ffn_dim, config.dim))
+        self._gelu_float8 = ops(GELU_FLOAT8)
+
+    def forward(self, x: Rows) -> Tensor:
+        """[..., L, D] from x [..., L, D]."""
+        first, second = self
+        if takes_float8(first) and takes_float8(second):
+            hidden: Rows = Float8Rows(*self._gelu_float8(first.product(x)))
+        else:
+            hidden = first(x)
+        out: Tensor = second(hidden)
         return out
 
 
@@ -251,7 +303,7 @@ def _in_float64(numbers: Sequence[int], device: torch.device) -> Tensor:
     """A range is made on the device, where a list would have to be brought to."""
     if isinstance(numbers, range):
         return torch.arange(numbers.start, numbers.stop, dtype=torch.float64, device=device)
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
+    return on_device(numbers, device).to(torch.float64)
 
 
 def _adaptive(learned: Tensor, conditioned: Tensor, scales: tuple[int, ...]) -> Tensor:

@@ -28,6 +28,7 @@ from sfrt.backends import Grid, Rollout
 from sfrt.backends.torch import TorchBackend
 from sfrt.bundle.quantization import Method, Quality, Quantization, in_dtype
 from sfrt.bundle.writer import LazyTensor
+from sfrt.capture import Eager
 from sfrt.config import ModelConfig, StreamConfig
 from sfrt.decoders import Decoder
 from sfrt.errors import ConfigError
@@ -168,7 +169,7 @@ def _shares(
     return shares
 
 
-class Way:
+class Way(Eager):
     """A rollout that keeps the flows it gave, and what it was asked, to ask it of another model."""
 
     def __init__(self, rollout: Rollout) -> None:
@@ -274,14 +275,14 @@ class _Probe:
 
 
 def _small(stream: StreamConfig) -> StreamConfig:
-    """The stream with frames that are cheap to make."""
+    """The stream with frames that are cheap to make; in a plain ring, so that what is seen is of the weights."""
     height, width = (min(side, LARGEST_SIDE) for side in (stream.height, stream.width))
-    return dataclasses.replace(stream, height=height, width=width)
+    return dataclasses.replace(stream, height=height, width=width, ring_dtype="model")
 
 
 def _replace(backend: TorchBackend, layer: str, method: Method, tensors: Mapping[str, LazyTensor]) -> None:
     """Put the quantised layer in the place of whatever is there."""
-    place_quantized(backend.model, method, (layer,))
+    place_quantized(backend.model, method, (layer,), backend.ops)
     fresh = backend.model.get_submodule(layer)
     names = {name: f"{layer}.{name}" for name in fresh.state_dict()}
     values = {name: tensors[full].make().to(backend.device) for name, full in names.items()}

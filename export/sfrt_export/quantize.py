@@ -27,9 +27,13 @@ from torch import Tensor
 from sfrt.bundle.quantization import INPUT_SCALE, WEIGHT_SCALE, Method
 from sfrt.bundle.writer import LazyTensor
 from sfrt.config import ModelConfig
+from sfrt.ops.eight_bits import quantize, row_scales
 from sfrt.ops.linear import Linear
-from sfrt.ops.quantized_linear import quantize, row_scales, weight_dtype
+from sfrt.ops.quantized_linear import weight_dtype
 from sfrt.transformer import Transformer
+
+_BLOCK = 1 << 25
+"""Numbers that are in float32 at a time: a table of tokens may have a billion."""
 
 
 def quantizable(config: ModelConfig) -> list[str]:
@@ -42,7 +46,7 @@ def quantizable(config: ModelConfig) -> list[str]:
 def quantized_tensors(
     weights: Mapping[str, LazyTensor], method: Method, layers: Iterable[str], input_peaks: Mapping[str, float]
 ) -> dict[str, LazyTensor]:
-    """The transformer's tensors with the weights of these layers quantised, each made when asked for.
+    """A part's tensors with the weights of these layers quantised, each made when asked for.
 
     input_peaks is the largest value that each layer was given; only float8-static asks for it.
     """
@@ -61,9 +65,13 @@ def quantized_tensors(
 
 
 def _scales(weight: LazyTensor, dtype: torch.dtype) -> Tensor:
-    return row_scales(weight.make(), dtype).squeeze(-1)
+    return torch.cat([row_scales(rows, dtype).squeeze(-1) for rows in _blocks(weight)])
 
 
 def _values(weight: LazyTensor, dtype: torch.dtype) -> Tensor:
-    rows = weight.make()
-    return quantize(rows, row_scales(rows, dtype), dtype)
+    return torch.cat([quantize(rows, row_scales(rows, dtype), dtype) for rows in _blocks(weight)])
+
+
+def _blocks(weight: LazyTensor) -> tuple[Tensor, ...]:
+    blocks: tuple[Tensor, ...] = weight.make().split(max(1, _BLOCK // weight.shape[1]))
+    return blocks

@@ -1,4 +1,4 @@
-"""The matrix products, y = x·Wᵀ + b, with an optional tanh-GELU behind it."""
+"""The matrix products, y = x·Wᵀ + b, with or without the bias, and an optional tanh-GELU behind it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ Activation = Literal["none", "gelu_tanh"]
 class Linear(nn.Linear):
     """nn.Linear with the activation that follows it, so that the two can be one operation. [..., in] → [..., out]."""
 
-    def __init__(self, in_features: int, out_features: int, activation: Activation = "none") -> None:
-        super().__init__(in_features, out_features)
+    bias: nn.Parameter | None  # type: ignore[assignment]  # torch says that there always is one
+
+    def __init__(
+        self, in_features: int, out_features: int, activation: Activation = "none", *, bias: bool = True
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -23,12 +27,27 @@ class Linear(nn.Linear):
             attr, algorithm = ("gelu", "tanh") if self.activation == "gelu_tanh" else ("none", "")
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, attr, [], algorithm)
             return y
+        if self.activation == "gelu_tanh" and self.bias is not None and _has_gelu_epilogue(x):
+            rows = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
+            return rows.view(*x.shape[:-1], -1)
         y = F.linear(x, self.weight, self.bias)
         return F.gelu(y, approximate="tanh") if self.activation == "gelu_tanh" else y
 
     def in_float32(self, x: Tensor) -> Tensor:
         """The same in float32 for weights kept in less, without the activation: for what is computed once."""
-        return F.linear(x, self.weight.float(), self.bias.float())
+        return F.linear(x, self.dense(), None if self.bias is None else self.bias.float())
+
+    def dense(self) -> Tensor:
+        """The weight as float32 [out, in], however it is kept."""
+        return (self.weight.to_dense() if self.weight.is_mkldnn else self.weight).float()
+
+
+def _has_gelu_epilogue(x: Tensor) -> bool:
+    """Whether torch multiplies, adds a bias and applies the tanh-GELU in one kernel: cuBLASLt's, without gradients.
+
+    Elsewhere the same function of torch has the other GELU, of erf.
+    """
+    return x.is_cuda and not torch.is_grad_enabled()
 
 
 def pack_for_cpu(module: nn.Module, rows: int) -> None:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfrt.ops.checks import require, require_like, require_rows, require_vector
+from sfrt.ops.eight_bits import quantize, row_scales
 from sfrt.ops.op import FLOAT8, Cost, Draw, Inputs, Maker, Op, nbytes
-from sfrt.ops.quantized_linear import quantize, row_scales
 
 
 def modulate(

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfrt.ops.checks import require, require_device, require_rows, require_shape
+from sfrt.ops.eight_bits import quantize
 from sfrt.ops.op import FLOAT8, Cost, Draw, ImplementationName, Inputs, Maker, Op, nbytes
-from sfrt.ops.quantized_linear import quantize
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,14 @@ class QKV:
     def split(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normed and turned, and values, each [..., L, H, d]; passes gradients."""
         return _split(self.product, self.norm_q, self.norm_k, self.rotary, self.heads, self.eps)
+
+
+@dataclass(frozen=True)
+class RingScales:
+    """What the e4m3 keys and values of each layer's heads stand for: they times these, float32 [layers, H]."""
+
+    k: Tensor
+    v: Tensor
 
 
 def rolling_kv(
