@@ -47,6 +47,7 @@ class Context:
         self._brake = brake
         self._heard: Tensor | None = None
         self._unrefreshed: Tensor | None = None
+        self._refreshed: Tensor | None = None
         self._stale = False
         self._plan: ChunkPlan | None = None
 
@@ -75,10 +76,22 @@ class Context:
         numbers = {slot: frame if frame < ring.sink else frame + self.left_out for slot, frame in seen.items()}
         return tuple(numbers.get(slot) for slot in range(ring.slots))
 
+    def refresh_ahead(self, tokens: Tensor, watch: Stopwatch) -> None:
+        """Queue the refresh pass of these, the clean tokens of the frames placed last, before they are kept.
+
+        It writes where the passes of the frames wrote, so that they can still be made anew.
+        """
+        if self._stage.stream.refresh == "rolling":
+            watch.mark("refresh")
+            self._stage.rollout.refresh(tokens, self._stage.stream.context_noise)
+            watch.mark("refreshed")
+            self._refreshed = tokens
+
     def keep(self, tokens: Tensor) -> None:
         """Owe what these, the clean tokens of the frames placed last, ask for."""
-        rolling = self._stage.stream.refresh == "rolling"
-        self._unrefreshed, self._stale = (tokens, False) if rolling else (None, True)
+        rolling, ahead = self._stage.stream.refresh == "rolling", self._refreshed is tokens
+        self._unrefreshed, self._stale = (None if ahead else tokens, False) if rolling else (None, True)
+        self._refreshed = None
 
     def forget(self) -> None:
         """Owe a ring filled anew: the stream stands elsewhere."""

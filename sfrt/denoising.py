@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sfrt.device import on_device
 from sfrt.noise import seed_bits
 from sfrt.ops.choice import Ops
-from sfrt.ops.denoise import DENOISE, FINISH, Update, update_after, updated
+from sfrt.ops.denoise import DENOISE, FINISH, Update, predict_x0, update_after, updated
+from sfrt.ops.layout import latents_from_tokens
 from sfrt.ops.noise import NOISE
-from sfrt.stage import NoiseSource, PhiloxNoise, Stage
+from sfrt.stage import PhiloxNoise, Stage
 from sfrt.timesteps import Step, opening
 
 
@@ -29,29 +33,29 @@ class Mixing(Protocol):
         """What pass `number` starts from, from the tokens and the flow of the one before it."""
 
 
+@dataclass(frozen=True, eq=False)
 class DrawnNoise:
-    """Normals drawn before the first pass: any source's, and the faster way on a CPU."""
+    """Normals [steps, frames · tokens, token_dim] drawn before the first pass: any source's, and faster on a CPU."""
 
-    def __init__(self, source: NoiseSource, frames: range, steps: int) -> None:
-        self._normals = source(frames, steps)
+    normals: Tensor
 
     def start(self, given: Tensor | None, update: Update) -> tuple[Tensor, Tensor]:
-        x = self._normals[0] if given is None else updated(given, None, update, self._normals[0])
+        x = self.normals[0] if given is None else updated(given, None, update, self.normals[0])
         return x, x
 
     def onward(self, x: Tensor, flow: Tensor, update: Update, number: int) -> tuple[Tensor, Tensor]:
-        x = updated(x, flow, update, self._normals[number] if update.fresh else None)
+        x = updated(x, flow, update, self.normals[number] if update.fresh else None)
         return x, x
 
 
 class KernelNoise:
-    """Normals made by the kernels that mix them in, from a seed and a frame number on the device."""
+    """Normals made by the kernels that mix them in, from a seed and a frame's number, int64 [1] on the device.
 
-    def __init__(self, noise: PhiloxNoise, frames: range, ops: Ops) -> None:
-        device = noise.device
-        self._seed = torch.tensor([seed_bits(noise.seed)], device=device)
-        self._frame = torch.tensor([frames.start], device=device)
-        self._size = (len(frames), noise.tokens, noise.token_dim)
+    size is that of the chunk: frames, tokens of a frame, token_dim.
+    """
+
+    def __init__(self, seed: Tensor, frame: Tensor, size: tuple[int, int, int], ops: Ops) -> None:
+        self._seed, self._frame, self._size = seed, frame, size
         self._noise, self._denoise = ops(NOISE), ops(DENOISE)
 
     def start(self, given: Tensor | None, update: Update) -> tuple[Tensor, Tensor]:
@@ -64,27 +68,73 @@ class KernelNoise:
         return self._denoise(x, flow, update, self._seed, self._frame, number, self._size[1])
 
 
-def mixing_of(stage: Stage, frames: range, steps: int) -> Mixing:
-    """The way of mixing that is the faster one on this stage's device."""
-    if isinstance(stage.noise, PhiloxNoise) and stage.device.type == "cuda":
-        return KernelNoise(stage.noise, frames, stage.ops)
-    return DrawnNoise(stage.noise, frames, steps if stage.stream.sampler == "renoise" else 1)
+@dataclass(frozen=True, eq=False)
+class Denoised:
+    """A chunk's clean tokens, for its refresh pass, and its latents float32 [T, C, h, w].
+
+    predictions are, where they were asked for, the latents [steps, C, h, w] that each pass took its last frame to be.
+    """
+
+    tokens: Tensor
+    latents: Tensor
+    predictions: Tensor | None
+
+
+def noise_of(stage: Stage, frames: range, steps: int) -> tuple[tuple[Tensor, ...], Callable[..., Mixing]]:
+    """The noise of a chunk as numbers on the device, and what mixes by them: the faster way on that device."""
+    noise = stage.noise
+    if isinstance(noise, PhiloxNoise) and stage.device.type != "cpu":
+        counters = on_device([seed_bits(noise.seed)], stage.device), on_device([frames.start], stage.device)
+        size = (len(frames), noise.tokens, noise.token_dim)
+        return counters, partial(KernelNoise, size=size, ops=stage.ops)
+    return (noise(frames, steps if stage.stream.sampler == "renoise" else 1),), DrawnNoise
 
 
 def denoise_chunk(
-    stage: Stage, frames: range, steps: tuple[Step, ...], given: Tensor | None, between: Callable[[], None]
-) -> tuple[Tensor, Tensor]:
-    """A chunk's clean tokens, for its refresh pass, and its latents float32 [T, C, h, w].
+    stage: Stage,
+    frames: range,
+    steps: tuple[Step, ...],
+    given: Tensor | None,
+    between: Callable[[], None],
+    *,
+    watched: bool = False,
+) -> Denoised:
+    """Denoise the chunk that was placed last.
 
-    given are tokens to start from instead of noise alone; between is called before every pass.
+    given are tokens to start from instead of noise alone; between is called before every pass, or once where they are
+    captured as one; watched asks for predictions.
     """
-    sampler, mixing = stage.stream.sampler, mixing_of(stage, frames, len(steps))
+    numbers, mixing_by = noise_of(stage, frames, len(steps))
+    inputs = numbers if given is None else (*numbers, given)
+
+    def work(*inputs: Tensor) -> tuple[Tensor, ...]:
+        mixing = mixing_by(*inputs[: len(numbers)])
+        return _passes(stage, steps, mixing, None if given is None else inputs[-1], between, watched)
+
+    between()
+    key = ("denoise", len(frames), steps, stage.stream.sampler, given is None, watched)
+    tokens, latents, *predictions = stage.rollout.launch(key, work, *inputs)
+    return Denoised(tokens, latents, torch.cat((*predictions, latents[-1:])) if watched else None)
+
+
+def _passes(
+    stage: Stage,
+    steps: tuple[Step, ...],
+    mixing: Mixing,
+    given: Tensor | None,
+    between: Callable[[], None],
+    watched: bool,
+) -> tuple[Tensor, ...]:
+    """Clean tokens, latents, and what all passes but the last one predict, where that is watched."""
+    model, grid, predictions = stage.model, stage.grid, []
     x, read = mixing.start(given, update_after(opening(steps[0]), "renoise"))
     *others, last = steps
     for number, step in enumerate(others, start=1):
-        between()
         flow = stage.rollout.flow(read, step.timestep)
-        x, read = mixing.onward(x, flow, update_after(step, sampler), number)
-    between()
+        if watched:
+            newest = predict_x0(x[-grid.tokens :], flow[-grid.tokens :], step)
+            predictions.append(latents_from_tokens(newest, model, grid.rows, grid.columns))
+        x, read = mixing.onward(x, flow, update_after(step, stage.stream.sampler), number)
+        between()
     flow = stage.rollout.flow(read, last.timestep)
-    return stage.ops(FINISH)(x, flow, last.sigma, stage.model, stage.grid.rows, stage.grid.columns)
+    return *stage.ops(FINISH)(x, flow, last.sigma, model, grid.rows, grid.columns), *predictions

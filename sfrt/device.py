@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from sfrt import machine
 from sfrt.errors import ConfigError, DeviceError
@@ -45,6 +46,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """The "float32" of torch.float32."""
     return str(dtype).removeprefix("torch.")
+
+
+def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Some integers as int64 on the device; a GPU fetches them from pinned memory while this goes on."""
+    there = torch.tensor(numbers, dtype=torch.int64)
+    return there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there.to(device)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from pathlib import Path
 from threading import Lock
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sfrt.backends import Grid
+from sfrt.backends import Grid, Rollout
 from sfrt.backends.loading import choose_backend, decoder_of, ops_for, text_encoder_of, transformer_of
 from sfrt.backends.memory import Need, Setting, stream_need, weights_need, whole_need
+from sfrt.backends.spare import Spare
 from sfrt.bundle import Bundle, Manifest, resolve_model
 from sfrt.config import Placement, StreamConfig
 from sfrt.decoders import Decoder
-from sfrt.device import dtype_name, memory_told, resolve_device, resolve_dtype
+from sfrt.decoders.captured import captured
+from sfrt.delivery import lane_for
+from sfrt.device import dtype_name, free_bytes, memory_told, resolve_device, resolve_dtype
 from sfrt.errors import BundleError, ConfigError, MediaError, PromptError
 from sfrt.noise import check_seed
 from sfrt.ops.choice import Pins
@@ -79,6 +84,8 @@ class Runtime:
         self._setting = Setting(self.backend, dtype_name(self.dtype), on_gpu=self.device.type == "cuda")
         self._prompts = self._prompts_of(text_encoder, prompt_cache)
         self.text_encoder: Placement = self._prompts.placement
+        self._lane = lane_for(self.device)
+        self._spare = Spare() if self.device.type == "cuda" else None
         self._reading = Lock()  # a prompt may be switched from another thread than its stream's
         self._id = ModelId.of(self.manifest, self.backend, dtype_name(self.dtype))
         where = self.device, self.dtype
@@ -86,7 +93,8 @@ class Runtime:
         with memory_told(f"the model {self.manifest.name!r}", self.device):
             self.ops = ops_for(self.manifest, *where, ops)
             self._transformer = transformer_of(self._bundle, self.backend, *where, ops=self.ops, verify=verify)
-            self._decoder = decoder_of(self._bundle, self.backend, *where, ops=self.ops, verify=verify)
+            decoder = decoder_of(self._bundle, self.backend, *where, ops=self.ops, verify=verify)
+            self._decoder = None if decoder is None else captured(decoder, self.device)
 
     def session(
         self,
@@ -99,6 +107,8 @@ class Runtime:
         limit: int | None = None,
         stream: StreamConfig | None = None,
         history: int = 0,
+        first_frame: Callable[[npt.NDArray[np.uint8]], object] | None = None,
+        ahead: bool = False,
     ) -> Session:
         """A new stream of this model.
 
@@ -106,7 +116,10 @@ class Runtime:
         or clip to go on from: a file, or pixels float [F, 3, H, W] in [0, 1] (F is cut to 1 + 4·k). limit is the number
         of chunks, None for no end. stream replaces the model's settings, e.g. `replace(runtime.stream, window=12)`.
         history is how many chunks the stream can be taken back by (`Session.rewind`); each keeps its clean latents and
-        a state of the decoder, which for the Wan VAE at 480×832 is more than a gigabyte.
+        a state of the decoder, which for the Wan VAE at 480×832 is more than a gigabyte. first_frame is called with the
+        video's first pixel frame, uint8 [1, H, W, 3], while the rest of its chunk is still being decoded; as it is
+        decoded by itself, frames may then be rounded otherwise. ahead is for most frames per second on a GPU: a chunk
+        is begun before the frames of the one before it are there, so that a prompt shows a chunk later.
 
         source is a video to go by, frame for frame (video to video): a file, or frames as they come, from a camera or
         anywhere: float tensors [3, H, W] in [0, 1] or uint8 arrays [H, W, 3]. A chunk starts from its frames with noise
@@ -132,12 +145,34 @@ class Runtime:
             given = 0 if latents is None else latents.shape[0]
             ring = ring_for(stream, _frames(stream, limit, given))
             stage = self._stage(stream, ring, chunk_sizes(stream, given), seed, video, strength)
-            return Session(stage, text, initial=latents, limit=limit, history=history)
+            return Session(
+                stage, text, initial=latents, limit=limit, history=history, first_frame=first_frame, ahead=ahead
+            )
+
+    def warm_up(self, stream: StreamConfig | None = None, limit: int | None = None) -> None:
+        """Have what a stream of these settings makes when it first needs it: compiled, measured, and captured on a GPU.
+
+        The next stream of the same settings is as quick from its first chunk on as any later one. Plays a stream that
+        nobody sees until its ring is full, on a GPU twice, as work is captured when it comes again. Raises as session.
+        """
+        model, stream = self.manifest.model, stream or self.stream
+        filling = -(-ring_for(stream, _frames(stream, limit, 0)).slots // stream.chunk)
+        nothing = torch.zeros(model.text_len, model.text_dim)
+        for _ in range(2 if self.device.type == "cuda" else 1):
+            with self.session(nothing, stream=stream, limit=limit) as session:
+                for _ in zip(range(filling + 2), session, strict=False):
+                    pass
 
     def memory(self, stream: StreamConfig | None = None) -> Need:
         """What this model takes on its device with one stream, None being its own; by part, in bytes."""
         by_it = self.device.type == "cpu" or self.text_encoder != "cpu"
         return whole_need(self.manifest, stream or self.stream, self._setting, text_encoder=by_it)
+
+    def free_bytes(self) -> int | None:
+        """Memory that new sessions can have on the device; None where the system does not say."""
+        free = free_bytes(self.device)
+        spare = 0 if self._spare is None else self._spare.size
+        return None if free is None else free + spare
 
     def restore(self, path: str | Path, *, history: int = 0) -> Session:
         """The stream that `Session.snapshot` kept, to go on exactly as it would have; history as in `session`.
@@ -161,24 +196,32 @@ class Runtime:
         strength: float | None = None,
     ) -> Stage:
         """What a session runs on, with a fresh ring."""
-        what = f"a stream with a ring of {ring.slots} latent frames"
-        stream_need(self.manifest, stream, self._setting, ring).require(what, self.device)
-        grid = Grid.of(self.manifest.model, stream)
-        rollout = partial(self._transformer.rollout, grid, ring, sizes, timesteps_of(stream, strength))
+        grid, need = Grid.of(self.manifest.model, stream), stream_need(self.manifest, stream, self._setting, ring)
+        kind = (grid, ring, sizes, timesteps_of(stream, strength))
+        fresh = partial(self._transformer.rollout, *kind)
+        rollout = None if self._spare is None else self._spare.take(kind)
+        needed = need if rollout is None else need.without("ring", "prompt")
+        needed.require(f"a stream with a ring of {ring.slots} latent frames", self.device)
         return Stage(
             model=self.manifest.model,
             stream=stream,
             grid=grid,
             device=self.device,
-            rollout=rollout(),
+            rollout=rollout or fresh(),
             ring=ring,
             noise=philox_noise(seed, grid, self.manifest.model, self.device),
             decoder=self._decoder,
             source=video,
             strength=strength,
             ops=self.ops,
-            origin=Origin(self._id, seed, self._embeddings, rollout),
+            lane=self._lane,
+            origin=Origin(self._id, seed, self._embeddings, fresh, partial(self._give_back, kind, need)),
         )
+
+    def _give_back(self, kind: Hashable, need: Need, rollout: Rollout) -> None:
+        """Keep a rollout for the next stream, on a GPU: what was captured over it would take a while to have again."""
+        if self._spare is not None:
+            self._spare.keep(kind, rollout, need.parts["ring"] + need.parts["prompt"])
 
     def _embeddings(self, prompt: str | Tensor) -> Tensor:
         """[text_len, text_dim] of a prompt; given ones are checked."""

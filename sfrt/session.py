@@ -4,77 +4,43 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sfrt.chunk import Chunk, Underway, deliver, preview
 from sfrt.context import Brake, Context
 from sfrt.decoders.taehv import TIME
 from sfrt.denoising import denoise_chunk
 from sfrt.device import memory_told
 from sfrt.errors import ConfigError, SnapshotError
 from sfrt.metrics import Stopwatch
-from sfrt.ops.frames import FRAMES
 from sfrt.ops.layout import tokens_from_latents
 from sfrt.ring import chunk_sizes
 from sfrt.snapshot import CleanFrame, Moment, Saved, Settings, write_snapshot
 from sfrt.stage import Stage
-from sfrt.switching import How, Receipt, Switch, Text, check_switch
+from sfrt.switching import How, Switch, Text, check_switch
 from sfrt.timesteps import steps_of
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Milliseconds of one chunk, as in the benchmark protocol; refresh_ms is the pass behind the previous chunk.
-
-    encode_ms is what a source's frames take once they have come in; waiting for them is not counted. switch_ms is what
-    a prompt switch did before the chunk.
-    """
-
-    refresh_ms: float
-    encode_ms: float
-    dit_ms: float
-    decode_ms: float
-    switch_ms: float = 0.0
-
-    @property
-    def chunk_ms(self) -> float:
-        return self.refresh_ms + self.switch_ms + self.encode_ms + self.dit_ms + self.decode_ms
-
-
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """One delivered chunk: uint8 pixel frames [F, H, W, 3] on the host, latents [T, C, h, w] float32 on the device.
-
-    slots says what is in the ring: for each slot the number of its latent frame in the video, this chunk's with them,
-    None where there is none. receipt is that of the prompt switch that took effect with it, if one did.
-    """
-
-    index: int
-    frames: npt.NDArray[np.uint8]
-    latents: Tensor
-    timings: Timings
-    slots: tuple[int | None, ...] = ()
-    receipt: Receipt | None = None
 
 
 class Session:
     """An iterator of chunks. Use it as a context manager, or close it; a closed session yields no more.
 
-    The refresh pass of a chunk runs when the next one is asked for, so frames leave before it, and a stream that stops
-    never pays for its last. A chunk that fails, is interrupted or cancelled leaves the stream where it was. A stream
-    with a source ends with it. One that is not asked for chunks is paused: nothing runs, and its memory stays; to let
-    that go too, take a snapshot and close it.
+    Frames leave before the refresh pass. On a GPU that is queued behind the chunk and runs beside its decode; on a CPU
+    it runs when the next chunk is asked for, and a stream that stops never pays for its last. A chunk that fails, is
+    interrupted or cancelled leaves the stream where it was. A stream with a source ends with it. One that is not asked
+    for chunks is paused: nothing runs, and its memory stays; to let that go too, take a snapshot and close it.
 
     `switch` and `cancel` may be called from any thread while a chunk is made, all else between two chunks.
+
+    Attributes: watched (whether chunks carry previews; it may be set between two chunks).
     """
 
     def __init__(
@@ -85,11 +51,15 @@ class Session:
         initial: Tensor | None = None,
         limit: int | None = None,
         history: int = 0,
+        first_frame: Callable[[npt.NDArray[np.uint8]], object] | None = None,
+        ahead: bool = False,
     ) -> None:
         """What to go by, a prompt or its embeddings [text_len, text_dim], and from where.
 
         initial are latents [T, C, h, w] to go on from; limit is the number of chunks, history how many of them the
-        stream can be taken back by. Raises ConfigError where the settings need a decoder and there is none.
+        stream can be taken back by; first_frame is called with a stream's first pixel frame, uint8 [1, H, W, 3], as
+        soon as it is there. ahead has each chunk begun before the frames of the one before it are waited for, where
+        they are decoded beside it. Raises ConfigError where the settings need a decoder and there is none.
         """
         if stage.stream.refresh == "reencode" and stage.decoder is None:
             raise ConfigError(
@@ -97,7 +67,11 @@ class Session:
                 "export it again with --vae or --taehv, or choose refresh 'rebuild'"
             )
         self._stage: Stage | None = stage
+        self.watched = False
         self._limit = limit
+        self._first_frame = first_frame
+        self._ahead = ahead and stage.source is None  # whose next frames may be long in coming
+        self._underway: deque[Underway] = deque()
         self._first_steps = steps_of(stage.stream, first_chunk=True, strength=stage.strength)
         self._steps = steps_of(stage.stream, strength=stage.strength)
         self._sizes = chunk_sizes(stage.stream, 0 if initial is None else initial.shape[0])
@@ -137,10 +111,13 @@ class Session:
     def close(self) -> None:
         """End the stream and let its memory go, the ring's too. Closing twice is fine."""
         if self._stage is not None:
-            self._stage = None
+            stage, self._stage = self._stage, None
             del self._context
+            if stage.origin is not None:
+                stage.origin.give_back(stage.rollout)
             self._at = Moment(self._at.text, self._at.index)
             self._history.clear()
+            self._underway.clear()
 
     @property
     def prompt(self) -> str | Tensor:
@@ -155,7 +132,7 @@ class Session:
     @property
     def index(self) -> int:
         """That of the next chunk."""
-        return self._at.index
+        return self._at.index - len(self._underway)
 
     def switch(self, prompt: str | Tensor, how: How = "recache", over: int = 1) -> None:
         """Go by another prompt from the next chunk that is begun on; that chunk's receipt says what it cost.
@@ -190,6 +167,7 @@ class Session:
                 f"the stream cannot go back by {chunks} chunks: it keeps {len(self._history)}; "
                 "make the session with a longer history"
             )
+        self._take_back()
         for _ in range(chunks):
             self._at = self._history.pop()
         self._queue.clear()
@@ -225,50 +203,85 @@ class Session:
         if self._stage is not None and (switch is None or switch.how != "recache"):
             self._context.settle(self._at, self._watch)
 
-    @torch.no_grad()
     def __next__(self) -> Chunk:
+        ahead = self._stage is not None and self._ahead and self._stage.lane.beside
+        while len(self._underway) <= ahead and self._begin():
+            pass
+        if not self._underway:
+            raise StopIteration
+        chunk = self._underway[0].delivered()
+        made = self._underway.popleft()
+        self._history.append(made.before)
+        return chunk
+
+    @torch.no_grad()
+    def _begin(self) -> bool:
+        """Give the device the work of the next chunk; False where there is none."""
         stage, at, switch = self._stage, self._at, self._waiting
         if stage is None or at.index == self._limit:
-            raise StopIteration
+            return False
         with memory_told("the stream", stage.device):
             first, watch = at.next_frame == 0, self._watch
             text = self._context.turn_to(switch, at, watch)
             frames = _coming(at, self._sizes.first if first else self._sizes.later)
             if stage.source is not None and not stage.source.pull(len(frames)):
-                raise StopIteration
+                return False
             watch.mark("start")
             given = None if stage.source is None else tokens_from_latents(stage.source.latents(), stage.model)
             watch.mark("encoded")
             self._context.place(frames)
             steps = self._first_steps if first else self._steps
-            tokens, latents = denoise_chunk(stage, frames, steps, given, self._brake.check)
+            made = denoise_chunk(stage, frames, steps, given, self._brake.check, watched=self.watched)
             watch.mark("denoised")
             self._brake.check()
-            shown, decoder = _decode(stage, latents, at.decoder)
-            watch.mark("decoded")
-        timings = _timings(watch)
-        receipt = None if switch is None else switch.receipt(at.index, timings.switch_ms)
-        slots = self._context.slots()
-        self._history.append(at)
-        self._go_on(stage, replace(at, text=text, index=at.index + 1, decoder=decoder), tokens, shown)
+            early = self._first_frame if first and stage.decoder is not None else None
+            parts = made.latents.tensor_split([] if early is None or len(frames) == 1 else [1])
+            deliveries = deliver(stage, parts, at.decoder, watch)
+            previews = preview(stage, made.predictions)
+            slots = self._context.slots()
+            underway = Underway(at, switch, made.latents, deliveries, previews, slots, watch)
+            coming = Stopwatch(stage.device)
+            if stage.lane.beside and at.index + 1 != self._limit:
+                self._context.refresh_ahead(made.tokens, coming)
+            if early is not None:
+                early(underway.first_frame())
+            shown = underway.frames() if stage.stream.refresh == "reencode" else None
+        after = replace(at, text=text, index=at.index + 1, decoder=deliveries[-1].state)
+        self._go_on(stage, after, made.tokens, shown)
+        self._underway.append(underway)
+        self._watch = coming
         if switch is not None:
             with suppress(ValueError):  # a later one came in its place
                 self._queue.remove(switch)
         if stage.source is not None:
             stage.source.advance()
-        return Chunk(at.index, shown, latents, timings, slots, receipt)
+        return True
 
-    def _go_on(self, stage: Stage, at: Moment, tokens: Tensor, shown: npt.NDArray[np.uint8]) -> None:
-        """Leave the finished frames behind this moment, and keep what the next ones will see."""
+    def _take_back(self) -> None:
+        """Give up the chunks that nobody has seen."""
+        if self._underway:
+            self._at = self._underway[0].before
+            switches = [underway.switch for underway in self._underway if underway.switch is not None]
+            if switches and self._waiting is None:
+                self._queue.append(switches[-1])
+            # A chunk by itself has written only to slots that are its own, and are written to when it is made again.
+            if len(self._underway) > 1 or switches:
+                self._context.forget()
+            self._underway.clear()
+
+    def _go_on(self, stage: Stage, at: Moment, tokens: Tensor, shown: npt.NDArray[np.uint8] | None) -> None:
+        """Leave the finished frames behind this moment, and keep what the next ones will see.
+
+        shown are their pixels, where those may have to be encoded anew.
+        """
         parts = tokens.split(stage.grid.tokens)
         frames = _coming(at, len(parts))
         # A latent frame's last pixel frame, from the chunk's end on; a copy, as the chunk is its owner's to change.
-        pictures = [one.copy() for one in shown[::-TIME]] if stage.stream.refresh == "reencode" else [None] * len(parts)
+        pictures = [None] * len(parts) if shown is None else [one.copy() for one in shown[::-TIME]]
         past = {**at.past, **dict(zip(frames, map(CleanFrame, parts, reversed(pictures)), strict=True))}
         in_view = {frame: past[frame] for frame in stage.ring.context(frames.stop, self._sizes.later)}
         self._at = replace(at, next_frame=frames.stop, past=in_view)
         self._context.keep(tokens)
-        self._watch = Stopwatch(stage.device)
 
     @torch.no_grad()
     def _start_from(self, stage: Stage, latents: Tensor) -> npt.NDArray[np.uint8]:
@@ -279,9 +292,11 @@ class Session:
                 self._context.settle(self._at, self._watch)
             given = latents[piece.start : piece.stop].float()
             self._context.place(_coming(self._at, len(piece)))
-            shown, decoder = _decode(stage, given, self._at.decoder)
-            self._go_on(stage, replace(self._at, decoder=decoder), tokens_from_latents(given, stage.model), shown)
-            pieces.append(shown)
+            (delivery,) = deliver(stage, (given,), self._at.decoder, self._watch)
+            pieces.append(delivery.wait())
+            shown = pieces[-1] if stage.stream.refresh == "reencode" else None
+            after = replace(self._at, decoder=delivery.state)
+            self._go_on(stage, after, tokens_from_latents(given, stage.model), shown)
         return np.concatenate(pieces)
 
     @torch.no_grad()
@@ -290,6 +305,7 @@ class Session:
         stage = self._running()
         origin = stage.require_origin()
         stage.require_no_source("kept or forked")
+        self._take_back()
         self._context.settle(self._at, self._watch)
         settings = Settings(origin.model, origin.seed, stage.stream, stage.ring, self._sizes, self._limit)
         return Saved(settings, self._at, self._context.left_out, self._waiting, stage.rollout.state())
@@ -308,22 +324,3 @@ class Session:
 def _coming(at: Moment, count: int) -> range:
     """The numbers in the video of the next `count` latent frames."""
     return range(at.next_frame, at.next_frame + count)
-
-
-def _decode(stage: Stage, latents: Tensor, state: Any) -> tuple[npt.NDArray[np.uint8], Any]:
-    """Pixel frames on the host, none where the bundle has no decoder, and the state for the next ones."""
-    if stage.decoder is None:
-        return np.empty((0, stage.stream.height, stage.stream.width, 3), dtype=np.uint8), None
-    pixels, after = stage.decoder.decode(latents.unsqueeze(0), state)
-    return stage.ops(FRAMES)(pixels.squeeze(0)).cpu().numpy(), after
-
-
-def _timings(watch: Stopwatch) -> Timings:
-    watch.wait("decoded")
-
-    def if_any(begin: str, end: str) -> float:
-        return watch.ms(begin, end) if watch.has(end) else 0.0
-
-    marks = pairwise(("start", "encoded", "denoised", "decoded"))
-    encode, dit, decode = (watch.ms(begin, end) for begin, end in marks)
-    return Timings(if_any("refresh", "refreshed"), encode, dit, decode, if_any("switch", "switched"))

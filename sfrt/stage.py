@@ -11,6 +11,7 @@ from torch import Tensor
 from sfrt.backends import Grid, Rollout
 from sfrt.config import ModelConfig, StreamConfig
 from sfrt.decoders import Decoder
+from sfrt.delivery import HostLane, Lane
 from sfrt.errors import ConfigError, SnapshotError
 from sfrt.noise import chunk_noise
 from sfrt.ops.choice import Ops, torch_ops
@@ -42,19 +43,24 @@ def philox_noise(seed: int, grid: Grid, model: ModelConfig, device: torch.device
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """What a session was made of, and what else it may ask its runtime for: a prompt's embeddings, another ring."""
+    """What a session was made of, and what else it may ask its runtime for: a prompt's embeddings, another ring.
+
+    give_back takes the session's own when it is closed.
+    """
 
     model: ModelId
     seed: int
     embeddings: Callable[[str | Tensor], Tensor]
     rollout: Callable[[], Rollout]
+    give_back: Callable[[Rollout], None]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Made by the runtime. source and strength are of video to video; ops are for what is done between the passes.
+    """Made by the runtime. source and strength are of video to video.
 
-    Without an origin a session streams, and that is all: it has no other prompts, no snapshots and no forks.
+    ops are for what is done between the passes, lane is where frames are decoded. Without an origin a session streams,
+    and that is all: it has no other prompts, no snapshots and no forks.
     """
 
     model: ModelConfig
@@ -69,6 +75,7 @@ class Stage:
     strength: float | None = None
     origin: Origin | None = None
     ops: Ops = field(default_factory=torch_ops)
+    lane: Lane = field(default_factory=HostLane)
 
     def require_origin(self) -> Origin:
         """The origin. Raises ConfigError where there is none."""

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import termios
 import time
-from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,15 @@ import av
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sfrt import Runtime, __version__
+from sfrt import __version__
 from sfrt.bundle import resolve_model
-from sfrt.cli.streams import Length, _pump
 from sfrt.config import TaehvConfig, Umt5Config
 from sfrt.decoders.taehv import Taehv
-from sfrt.metrics import StreamMeter
 from sfrt.text import Umt5Encoder
-from sfrt.video import VideoWriter, open_writer
+from sfrt.video import open_writer
 from tests.command_line import PROMPT, Run
 
 
@@ -184,25 +180,6 @@ def test_the_built_in_model(run: Run) -> None:
     assert len(frames) == 16
     assert frames.std() > 10, "a picture, not one colour"
     assert sum(file.stat().st_size for file in resolve_model().iterdir()) <= 16_000_000
-
-
-def test_the_refresh_pass_goes_before_the_writing_but_for_the_last(tiny_bundle: Path) -> None:
-    """What a chunk owes runs while its frames are encoded; a stream that ends never pays for its last chunk."""
-    refreshed: list[bool] = []
-
-    class Watching(VideoWriter):
-        def _append(self, frames: NDArray[np.uint8]) -> None:
-            refreshed.append(not session._context.owes)
-
-        def _finish(self) -> None: ...
-
-    runtime = Runtime(tiny_bundle, device="cpu")
-    for length in (Length(3), Length(9, frames=30)):
-        refreshed.clear()
-        with runtime.session(PROMPT, limit=length.chunks) as session:
-            made = _pump(session, Watching("nowhere", 48, 32), length, StreamMeter(), deque())
-        assert made == (length.frames or 33, [])
-        assert refreshed == [True, True, False]
 
 
 def test_interrupted_it_leaves_a_playable_file(tmp_path: Path, tiny_bundle: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from sfrt.config import Sampler, StreamConfig
 from sfrt.denoising import DrawnNoise, KernelNoise
+from sfrt.noise import seed_bits
 from sfrt.ops.choice import torch_ops
 from sfrt.ops.denoise import update_after
 from sfrt.stage import PhiloxNoise
@@ -22,7 +23,9 @@ def test_both_ways_of_mixing_give_the_same_tokens(sampler: Sampler, from_given: 
     generator = torch.Generator().manual_seed(0)
     given = torch.randn(18, 8, generator=generator) if from_given else None
     steps = steps_of(StreamConfig(sampler=sampler))
-    drawn, made = DrawnNoise(NOISE, FRAMES, len(steps)), KernelNoise(NOISE, FRAMES, torch_ops())
+    seed, frame = torch.tensor([seed_bits(NOISE.seed)]), torch.tensor([FRAMES.start])
+    drawn = DrawnNoise(NOISE(FRAMES, len(steps)))
+    made = KernelNoise(seed, frame, (len(FRAMES), NOISE.tokens, NOISE.token_dim), torch_ops())
     start = update_after(opening(steps[1]), "renoise")
     (x, _), (y, _) = drawn.start(given, start), made.start(given, start)
     assert torch.equal(x, y)

@@ -6,7 +6,7 @@ values. All sizes are known when a rollout is made, so that nothing is allocated
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from sfrt.capture import Work
     from sfrt.ring import ChunkPlan, ChunkSizes, Ring
 
 BACKENDS = ("torch", "onnx", "tensorrt")
@@ -50,7 +51,10 @@ class Grid:
 
 
 class Rollout(Protocol):
-    """One stream on a backend. Tokens are float32 [L, P] on the backend's device."""
+    """One stream on a backend. Tokens are float32 [L, P] on the backend's device.
+
+    What `place`, `set_text` and the passes leave lies where it lay before, so that passes can be captured.
+    """
 
     def set_text(self, embeds: Tensor) -> None:
         """Take a prompt, [text_len, text_dim]; its keys and values are made here, once."""
@@ -60,6 +64,9 @@ class Rollout(Protocol):
 
         A plan of frames from 0 on begins the ring anew: what it held is never seen again.
         """
+
+    def launch(self, key: Hashable, work: Work, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run work made of this rollout's passes where it was placed last; see `sfrt.capture.Launcher`."""
 
     def flow(self, tokens: Tensor, timestep: float) -> Tensor:
         """One denoising pass: the flow at each token, [L, P]; the next pass may write over it."""

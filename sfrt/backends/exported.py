@@ -17,6 +17,7 @@ from torch import Tensor
 from sfrt import graphs
 from sfrt.backends import Grid
 from sfrt.cache import SinkKeys
+from sfrt.capture import Eager
 from sfrt.config import ModelConfig
 from sfrt.device import require_memory
 from sfrt.errors import SnapshotError
@@ -152,8 +153,11 @@ class ExportedBackend:
         return ExportedRollout(self._runner, self.config, grid, ring, sizes, timesteps)
 
 
-class ExportedRollout:
-    """One stream on exported graphs; slots is the ring's length where that must be more than the stream needs."""
+class ExportedRollout(Eager):
+    """One stream on exported graphs, which runners capture by themselves.
+
+    slots is the ring's length where that must be more than the stream needs.
+    """
 
     def __init__(
         self,

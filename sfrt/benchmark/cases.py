@@ -18,12 +18,13 @@ from torch import Tensor
 from sfrt.backends import Grid
 from sfrt.benchmark.protocol import Case, Figure, Result, case_of, forget_peak, peak
 from sfrt.benchmark.roofline import operations
+from sfrt.chunk import Timings
 from sfrt.config import ModelConfig, StreamConfig
 from sfrt.device import dtype_name
 from sfrt.nvml import Gpu, Watch
 from sfrt.ring import chunk_sizes, ring_for
 from sfrt.runtime import Runtime
-from sfrt.session import Session, Timings
+from sfrt.session import Session
 from sfrt.timesteps import steps_of
 
 PROMPT = "a red circle moving left on a white background"
@@ -101,10 +102,10 @@ class Subject:
         told = tuple(replace(figure, gpu=figure.gpu or beside) for figure in (*figures, peak(case.device)))
         return Result(case, told, self.runtime.memory(stream).parts, tuple(one.ms for one in played))
 
-    def play(self, stream: StreamConfig, chunks: int | None, prompt: str | Tensor | None = None) -> Iterator[Delivery]:
-        """A stream at full speed, from asking for it on."""
+    def play(self, stream: StreamConfig, chunks: int | None, *, ahead: bool = False) -> Iterator[Delivery]:
+        """A stream at full speed, from asking for it on; ahead as `Runtime.session` has it."""
         began = time.perf_counter()
-        with self.runtime.session(self.known if prompt is None else prompt, stream=stream, limit=chunks) as session:
+        with self.runtime.session(self.known, stream=stream, limit=chunks, ahead=ahead) as session:
             yield from deliveries(session, self.runtime.manifest.model, stream, began)
 
     def forget_peak(self) -> None:
@@ -130,16 +131,18 @@ def chunk_operations(model: ModelConfig, stream: StreamConfig, number: int) -> f
 
 
 def full21(subject: Subject, effort: Effort, progress: Callable[[str], object]) -> Result:
-    """Chunks 1 to 7, each with figures of its own, and the whole clip."""
+    """Chunks 1 to 7, each with figures of its own, and the whole clip, whose chunks are begun ahead."""
     stream = subject.stream("full21")
-    _warm(subject, stream, CLIP_CHUNKS)
+    subject.runtime.warm_up(stream, CLIP_CHUNKS)
     subject.forget_peak()
     clips: list[list[Delivery]] = []
+    ahead: list[list[Delivery]] = []
     with Watch(subject.gpu) as watch:
         for number in range(effort.rounds):
             progress(f"full21, clip {number + 1} of {effort.rounds}")
             clips.append(list(subject.play(stream, CLIP_CHUNKS)))
-    clip_ms = [sum(one.ms for one in clip) for clip in clips]
+            ahead.append(list(subject.play(stream, CLIP_CHUNKS, ahead=True)))
+    clip_ms = [sum(one.ms for one in clip) for clip in ahead]
     figures = [
         Figure("clip_ms", tuple(clip_ms)),
         *_fps([sum(one.frames for one in clip) for clip in clips], clip_ms),
@@ -154,7 +157,10 @@ def full21(subject: Subject, effort: Effort, progress: Callable[[str], object]) 
 
 
 def stream12(subject: Subject, effort: Effort, progress: Callable[[str], object]) -> Result:
-    """The steady state of a long stream in a short window, and what a prompt switch takes in it."""
+    """The steady state of a long stream in a short window, and what a prompt switch takes in it.
+
+    Its chunks are begun ahead, so that each is denoised while the one before it is decoded.
+    """
     return _steady(subject, "stream12", effort, progress)
 
 
@@ -167,11 +173,11 @@ def _steady(subject: Subject, name: str, effort: Effort, progress: Callable[[str
     stream = subject.stream(name)
     filling = math.ceil(ring_for(stream).slots / stream.chunk)
     steady = max(2, math.ceil(effort.seconds * stream.fps / (4 * stream.chunk)))
-    _warm(subject, stream, 2)
+    subject.runtime.warm_up(stream)
     subject.forget_peak()
     played: list[Delivery] = []
     with Watch(subject.gpu) as watch:
-        for one in subject.play(stream, filling + steady):
+        for one in subject.play(stream, filling + steady, ahead=True):
             played.append(one)
             progress(f"{name}, chunk {len(played)} of {filling + steady}")
     late = played[filling:]
@@ -189,17 +195,8 @@ def _steady(subject: Subject, name: str, effort: Effort, progress: Callable[[str
     return subject.result(name, stream, figures, played, watch)
 
 
-def _warm(subject: Subject, stream: StreamConfig, chunks: int) -> None:
-    """Run what is made, measured or compiled when it is first needed."""
-    for _ in subject.play(stream, chunks):
-        pass
-
-
 def _first_frames(subject: Subject, stream: StreamConfig, effort: Effort) -> list[Figure]:
-    """From asking for a stream to its first frames in host memory, with a prompt that was read before and a new one.
-
-    The first pixel frame comes with its chunk.
-    """
+    """From asking for a stream to its first pixel frame in host memory, with a known prompt and with a new one."""
     found = []
     for name, fresh in (("ttff_without_text_ms", False), ("ttff_ms", True)):
         if fresh and not subject.reads_text:
@@ -208,9 +205,21 @@ def _first_frames(subject: Subject, stream: StreamConfig, effort: Effort) -> lis
             samples = []
             for _ in range(effort.rounds):
                 prompt = subject.fresh() if fresh else subject.known
-                samples.append(next(iter(subject.play(stream, 1, prompt))).ms)
+                samples.append(_first_frame_ms(subject.runtime, stream, prompt))
         found.append(Figure(name, tuple(samples), watch.summary()))
     return found
+
+
+def _first_frame_ms(runtime: Runtime, stream: StreamConfig, prompt: str | Tensor) -> float:
+    """A model that shows no frames is done with its first chunk."""
+    began, shown = time.perf_counter(), [math.inf]
+
+    def at(_: object) -> None:
+        shown[0] = time.perf_counter()
+
+    with runtime.session(prompt, stream=stream, limit=1, first_frame=at) as session:
+        next(session)
+    return (min(shown[0], time.perf_counter()) - began) * 1e3
 
 
 def _switches(subject: Subject, stream: StreamConfig, filling: int) -> Figure:

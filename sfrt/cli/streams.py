@@ -124,7 +124,14 @@ def generate(
     meter = StreamMeter()
     with (
         runtime.session(
-            prompt, seed=seed, initial=initial, source=source, strength=strength, limit=length.chunks, stream=stream
+            prompt,
+            seed=seed,
+            initial=initial,
+            source=source,
+            strength=strength,
+            limit=length.chunks,
+            stream=stream,
+            ahead=not later,  # another prompt is to show as early as it can
         ) as session,
         open_writer(output, width=stream.width, height=stream.height, fps=stream.fps) as writer,
     ):
@@ -197,8 +204,6 @@ def _pump(
                 receipts.append(chunk.receipt)
             while later and later[0][0] <= written - begin:
                 _, session.prompt = later.popleft()
-            if not last:
-                session.refresh()  # a GPU runs it while the frames are encoded here
             if not writer.write(frames) or last:
                 break
     return written, receipts
