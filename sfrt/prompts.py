@@ -1,7 +1,7 @@
 """A runtime's prompts as embeddings: kept at hand, on disk, or read by a text encoder that lies where it is told to.
 
-A text encoder runs once a prompt. UMT5-XXL takes 10.6 GiB, four times what the 1.3B model takes that it reads for, so
-where it stays is a choice:
+A text encoder runs once a prompt. UMT5-XXL takes 10.6 GiB, four times what the 1.3B model takes that it reads for, and
+half of that in eight bits (`sfrt export --quantize-text`), so where it stays is a choice:
 
 - resident: on the model's device once it was needed. A new prompt takes milliseconds.
 - on-demand: loaded there for each new prompt and let go again. Seconds each, and nothing in between.

@@ -22,8 +22,10 @@ from sfrt.config import Placement
 from sfrt.errors import BundleError, ConfigError, PromptError
 from sfrt.prompt_cache import PromptCache
 from sfrt.prompts import Prompts
-from sfrt.text import TextEncoder
+from sfrt.text import TextEncoder, Umt5Encoder
+from sfrt_export.export import export_checkpoint
 from tests.command_line import PROMPT, Run
+from tests.test_export import WEIGHTS, save_text_model
 
 EMBEDS = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
 
@@ -166,6 +168,39 @@ def test_where_it_stays(placement: Placement, expected: int, tiny_bundle: Path, 
     assert len(loads) == expected
     assert [load() is None for load in loads] == [placement == "on-demand"] * expected
     assert runtime.text_encoder == ("resident" if placement == "auto" else placement)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_on_demand_nothing_waits_for_a_collection(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither weights nor a session of ONNX Runtime's are in a cycle: what was read with is gone once it was."""
+    if backend == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnx_ir")
+    encoder, tokenizer = save_text_model(tmp_path)
+    known = {"family": "self-forcing", "heads": 2, "text_len": 24, "text_encoder": encoder, "tokenizer": tokenizer}
+    export_checkpoint(WEIGHTS, tmp_path / "model", onnx=("float32",) if backend == "onnx" else (), **known)
+    held: list[weakref.ref[Any]] = []
+
+    def load(*arguments: Any, **options: Any) -> TextEncoder:
+        text = text_encoder_of(*arguments, **options)
+        parts = text.encoder.parameters() if isinstance(text.encoder, Umt5Encoder) else [text.encoder._runner]
+        held.extend(map(weakref.ref, (text, text.encoder, *parts)))
+        return text
+
+    monkeypatch.setattr("sfrt.runtime.text_encoder_of", load)
+    runtime = Runtime(
+        tmp_path / "model", device="cpu", dtype="float32", backend=backend, prompt_cache=False, text_encoder="on-demand"
+    )
+    gc.disable()
+    try:
+        for number, prompt in enumerate(("1 2", "3"), start=1):
+            embeds = runtime._embeddings(prompt)
+            assert embeds.shape == (24, 48) and len(held) == number * (3 if backend == "onnx" else 14)
+            assert [part() for part in held] == [None] * len(held)
+    finally:
+        gc.enable()
 
 
 def test_a_text_encoder_larger_than_its_model_stays_off_the_device(tiny_bundle: Path) -> None:

@@ -63,6 +63,16 @@ def test_golden_embeddings(dtype: torch.dtype, tolerance: float, device: str) ->
     assert not out[golden["mask"] == 0].any()
 
 
+def test_norms_may_be_wider_than_matrices() -> None:
+    golden, encoder = load_file(GOLDEN / "umt5" / "tensors.safetensors"), golden_encoder(torch.bfloat16)
+    for name, parameter in encoder.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data.float()
+    with torch.no_grad():
+        out = encoder(golden["ids"], golden["mask"])
+    assert out.dtype == torch.float32 and relative_error(out, golden["prompt_embeds"]) <= 2e-2
+
+
 def test_padding_changes_nothing() -> None:
     golden = load_file(GOLDEN / "umt5" / "tensors.safetensors")
     encoder = golden_encoder(torch.float32)

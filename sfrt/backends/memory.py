@@ -65,6 +65,10 @@ class Need:
     def __or__(self, other: Need) -> Need:
         return Need({**self.parts, **other.parts})
 
+    def without(self, *names: str) -> Need:
+        """Less these parts."""
+        return Need({name: size for name, size in self.parts.items() if name not in names})
+
     def require(self, what: str, device: torch.device) -> None:
         """Raise DeviceError, part by part, where so much cannot be had on the device."""
         from sfrt.device import require_memory
@@ -95,9 +99,15 @@ def weights_need(manifest: Manifest, setting: Setting) -> Need:
 
 
 def text_encoder_need(manifest: Manifest) -> Need:
-    """The text encoder's weights, which stay as they are stored; nothing where there is none."""
-    size = _file_bytes(manifest, "text_encoder")
-    return Need({"text encoder": size} if size else {})
+    """The text encoder's weights, which stay as they are stored; nothing where there is none.
+
+    Of a quantised one, its widest layer as well: while it runs, that is there in float32 and in 16 bits.
+    """
+    size, config = _file_bytes(manifest, "text_encoder"), manifest.text_encoder
+    parts = {"text encoder": size} if size else {}
+    if config is not None and manifest.text_quantization is not None:
+        parts["text layer"] = 6 * config.dim * max(config.dim_attn, config.dim_ffn)
+    return Need(parts)
 
 
 def stream_need(manifest: Manifest, stream: StreamConfig, setting: Setting, ring: Ring | None = None) -> Need:
@@ -109,16 +119,26 @@ def stream_need(manifest: Manifest, stream: StreamConfig, setting: Setting, ring
     ring = ring or ring_for(stream, FRAMES_WITHOUT_WINDOW if stream.window is None else None)
     slots = ring.slots if setting.backend == "torch" else BlockRing(ring, chunk_sizes(stream)).slots
     scores = model.num_heads * stream.chunk * slots * grid.tokens**2 * 4 if setting.backend.startswith("onnx") else 0
-    work = _pass_bytes(model, stream.chunk * grid.tokens, setting.bytes) + scores
-    parts = {"ring": ring_bytes(model, ring, slots, grid.tokens, setting.bytes)}
+    captured = _pass_bytes(model, stream.chunk * grid.tokens, setting.bytes)
+    work = captured + scores
+    item = setting.bytes
+    if ring.dtype == "float8":
+        item = 1
+        if not setting.on_gpu:  # plain torch puts a layer's keys and values into the model's dtype
+            work += 2 * slots * grid.tokens * model.dim * setting.bytes
+    parts = {"ring": ring_bytes(model, ring, slots, grid.tokens, item)}
     parts["prompt"] = 2 * model.num_layers * model.text_len * model.dim * setting.bytes
     if manifest.decoder is not None:
         config = manifest.decoder.config
         size = ITEM_BYTES[dtype_beside(config, cast("DTypeName", setting.dtype), on_gpu=setting.on_gpu)]
         height, width = stream.height // _CELL, stream.width // _CELL
-        # The state before a chunk is there until the chunk is delivered.
-        parts["decoder state"] = 2 * decoder_state_values(config, height, width) * size
-        work = max(work, _decode_bytes(config, stream.chunk, stream.height * stream.width, size))
+        state = decoder_state_values(config, height, width) * size
+        decode = _decode_bytes(config, stream.chunk, stream.height * stream.width, size)
+        parts["decoder state"] = 2 * state  # that before a chunk is there until the chunk is delivered
+        captured += decode + 2 * state if isinstance(config, TaehvConfig) else 0
+        work = max(work, decode)
+    if setting.on_gpu and setting.backend == "torch":
+        parts["graphs"] = captured  # memory that is theirs between their runs, too
     return Need({**parts, "work space": work})
 
 

@@ -15,6 +15,9 @@ Method = Literal["int8", "float8", "float8-static"]
 """int8: weights only. float8: weights, and activations by a scale of each token's own, found as it passes.
 float8-static: weights, and activations by one scale for each layer, found when the model is exported."""
 
+TextMethod = Literal["int8", "float8"]
+"""Of a text encoder, weights only in either: it runs once a prompt, and is to take half the memory."""
+
 WEIGHT_SCALE: Final = "weight_scale"  # float32 [out], beside the weight
 INPUT_SCALE: Final = "input_scale"  # float32 [], where activations have a static scale
 
@@ -50,8 +53,24 @@ class Quantization:
             raise ConfigError("a quantised model has at least one quantised layer")
 
 
+@dataclass(frozen=True)
+class TextQuantization:
+    """How the text encoder is quantised: every matrix of its blocks, and its table of tokens.
+
+    embeds_error: relative error of the embeddings of the gate's prompts, beside those of the unquantised encoder.
+    """
+
+    method: TextMethod
+    embeds_error: float
+
+
+def final_dtype(name: str, stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """What a tensor is to be where its model runs in `dtype` (None: as it is); quantised weights and scales stay so."""
+    if dtype is None or stored.itemsize == 1 or name.endswith((f".{WEIGHT_SCALE}", f".{INPUT_SCALE}")):
+        return stored
+    return dtype
+
+
 def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor in the dtype that its model runs in (None: as it is); quantised weights and scales stay as they are."""
-    if dtype is None or tensor.dtype.itemsize == 1 or name.endswith((f".{WEIGHT_SCALE}", f".{INPUT_SCALE}")):
-        return tensor
-    return tensor.to(dtype)
+    """The tensor as `final_dtype` says."""
+    return tensor.to(final_dtype(name, tensor.dtype, dtype))
