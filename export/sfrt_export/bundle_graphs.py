@@ -17,7 +17,7 @@ def bundle_graphs(manifest: Manifest, folder: Path) -> list[str]:
     names = []
     for dtype in manifest.graphs:
         names += write_graphs(transformer_graphs(model, folder, dtype), folder, dtype)
-        if text is not None:
+        if text is not None and dtype in manifest.graph_dtypes("text_encoder"):
             names += write_graphs(text_encoder_graphs(text, model.text_len, folder, dtype), folder, dtype)
     if decoder is not None:
         for dtype in manifest.graph_dtypes("decoder"):

@@ -15,11 +15,11 @@ from torch import Tensor
 
 import sfrt
 from sfrt.bundle import Bundle, DTypeName, FileInfo, Manifest, hash_file
-from sfrt.bundle.quantization import Method
+from sfrt.bundle.quantization import Method, TextMethod
 from sfrt.bundle.writer import BundleWriter, LazyTensor
 from sfrt.config import StreamConfig
 from sfrt.errors import ConfigError
-from sfrt.text import TextEncoder, Tokenizer, Umt5Encoder
+from sfrt.text import TextEncoder, Tokenizer, empty_encoder
 from sfrt.weights import assign
 from sfrt_export.bundle_graphs import bundle_graphs, require_onnx
 from sfrt_export.checkpoint import Checkpoint, TransformerCheckpoint, finite, lazy, load_transformer
@@ -28,7 +28,8 @@ from sfrt_export.layout import module_tensors
 from sfrt_export.lora import Adapter, load_adapter
 from sfrt_export.parts import DecoderCheckpoint, TextCheckpoint, load_taehv, load_text_encoder, load_wan_vae
 from sfrt_export.progress import Progress, counter, silent, write_part
-from sfrt_export.quantized_bundle import check_method, quantized
+from sfrt_export.quantize_text import quantized_text
+from sfrt_export.quantized_bundle import check_methods, quantized
 
 
 def export_checkpoint(
@@ -49,6 +50,7 @@ def export_checkpoint(
     dtype: DTypeName | None = None,
     onnx: Literal[True] | tuple[DTypeName, ...] = (),
     quantize: Method | None = None,
+    quantize_text: TextMethod | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Bundle:
@@ -59,10 +61,10 @@ def export_checkpoint(
     text_encoder and tokenizer go together; paths may be files or folders. stream overrides fields of the family's
     StreamConfig. dtype converts the transformer, None keeps it as stored; other parts stay as stored. onnx writes
     ONNX graphs over the same weights: in these dtypes, or (True) in the stored one and what CPUs and GPUs stream in.
-    quantize stores the big weights in eight bits (`sfrt_export.quantize`) if that passes the quality gate
-    (`sfrt_export.gate`), or in any case with force. Tensors pass one at a time, so memory stays near the size of the
-    mapped checkpoint; the gate aside, which runs the model. After a Ctrl-C the same call goes on behind the last part
-    that was finished.
+    quantize stores the transformer's big weights in eight bits (`sfrt_export.quantize`) if that passes the quality gate
+    (`sfrt_export.gate`), or in any case with force; quantize_text the text encoder's (`sfrt_export.quantize_text`).
+    Tensors pass one at a time, so memory stays near the size of the mapped checkpoint; the gate aside, which runs the
+    model. After a Ctrl-C the same call goes on behind the last part that was finished.
     Raises CheckpointError, BundleError or ConfigError; nothing is left at `output` then. Warns of a family that was
     not told, and of what a family's bundle lacks.
     """
@@ -71,7 +73,7 @@ def export_checkpoint(
         settings = family_of(family, Path(checkpoint))
         stream_config = _stream(settings, stream or {})
         _check_dtypes(dtype, *(() if onnx is True else onnx))
-        check_method(quantize, force)
+        check_methods(quantize, quantize_text, force)
         if onnx:
             require_onnx()
         transformer = load_transformer(
@@ -95,6 +97,13 @@ def export_checkpoint(
         if onnx:
             graphs = ("float32", "bfloat16", manifest.dtype) if onnx is True else onnx
             manifest = dataclasses.replace(manifest, graphs=tuple(dict.fromkeys(graphs)))
+        text_weights = lazy(text.path, text.tensors) if text else {}
+        if quantize_text is not None:
+            if text is None:
+                raise ConfigError("there is no text encoder to quantise; give one with --text-encoder and --tokenizer")
+            words = Tokenizer(text.tokenizer, transformer.config.text_len)
+            text_weights, facts = quantized_text(text.config, text_weights, words, quantize_text, force, progress)
+            manifest = dataclasses.replace(manifest, text_quantization=facts)
         if quantize is not None:
             decoding = (decoder.part.config, _read(decoder)) if decoder else None
             reading = _text_encoder(text, transformer.config.text_len) if text else None
@@ -104,7 +113,7 @@ def export_checkpoint(
         if decoder:
             write_part(writer, "decoder", lazy(decoder.path, decoder.tensors), progress)
         if text:
-            write_part(writer, "text_encoder", lazy(text.path, text.tensors), progress)
+            write_part(writer, "text_encoder", text_weights, progress)
             writer.add_tokenizer(text.tokenizer)
         if manifest.graphs:
             writer.add_graphs(partial(bundle_graphs, manifest))
@@ -125,10 +134,9 @@ def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def _text_encoder(text: TextCheckpoint, text_len: int) -> TextEncoder:
     """What reads the gate's prompts, over the mapped file."""
-    with torch.device("meta"):
-        encoder = Umt5Encoder(text.config)
+    encoder = empty_encoder(text.config)
     assign(encoder, _read(text), "the text encoder")
-    return TextEncoder(Tokenizer(text.tokenizer, text_len), encoder.requires_grad_(False))
+    return TextEncoder(Tokenizer(text.tokenizer, text_len), encoder)
 
 
 def _check_dtypes(*names: str | None) -> None:

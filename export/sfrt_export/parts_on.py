@@ -25,7 +25,7 @@ from sfrt.bundle import DTypeName, FileInfo, Part, hash_file
 from sfrt.config import DecoderConfig, ModelConfig, StreamConfig, Umt5Config
 from sfrt.decoders import Decoder, decoder_dtype, load_decoder
 from sfrt.device import dtype_name
-from sfrt.text import PromptEncoder, Umt5Encoder
+from sfrt.text import PromptEncoder, empty_encoder
 from sfrt.weights import assign
 from sfrt_export.bundle_graphs import require_onnx
 
@@ -100,10 +100,9 @@ def text_encoder_on(
     """The text encoder over its tensors."""
     _require_runner(backend, device, dtype)
     if backend == "torch":
-        with torch.device("meta"):
-            encoder = Umt5Encoder(config)
+        encoder = empty_encoder(config)
         assign(encoder, {name: weight.to(device, dtype) for name, weight in weights.items()}, "the text encoder")
-        yield encoder.requires_grad_(False)
+        yield encoder
         return
     from sfrt.backends.exported_parts import ExportedTextEncoder
     from sfrt_export.onnx_graph import text_encoder_graphs

@@ -10,9 +10,9 @@ from sfrt.bundle.writer import BundleWriter, LazyTensor
 
 
 class Progress(Protocol):
-    """Told of a stage ("hash", "gate" or a part's name), the bytes of it that are done and all its bytes.
+    """Told of a stage ("hash", "gate", "text gate" or a part's name), the bytes of it that are done and all its bytes.
 
-    The gate of quantisation counts measurements instead.
+    The gates of quantisation count measurements instead, and the stage "kernels" counts those.
     """
 
     def __call__(self, stage: str, done: int, total: int, /) -> None: ...

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sfrt.backends import Backend, Grid, Rollout
+from sfrt.capture import Eager
 from sfrt.config import ModelConfig, StreamConfig
 from sfrt.errors import CheckpointError
 from sfrt.ops.layout import latents_from_tokens, tokens_from_latents
@@ -22,7 +23,7 @@ from sfrt_export.layout import module_tensors
 from sfrt_export.parts_on import transformer_on
 
 
-class RecordingRollout:
+class RecordingRollout(Eager):
     """A rollout that keeps what goes in and out of every pass; a refresh pass is run in full as well, for its flow."""
 
     def __init__(self, rollout: Rollout) -> None:

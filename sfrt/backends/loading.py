@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from sfrt.backends import Backend, Grid, require_backend
+from sfrt.backends.kernels import kernels_loaded
 from sfrt.backends.memory import FRAMES_WITHOUT_WINDOW, text_encoder_need
 from sfrt.bundle import Bundle, DTypeName, Manifest, Part
 from sfrt.decoders import Decoder, decoder_dtype, load_decoder
 from sfrt.device import dtype_name
-from sfrt.ops.attention import ATTENTION, workload
+from sfrt.ops.attention import ATTENTION, ATTENTION_FLOAT8, workload, workload_float8
 from sfrt.ops.choice import Ops, Pins
+from sfrt.ops.op import Maker
 from sfrt.text import TextEncoder, load_text_encoder, load_tokenizer
 
 if TYPE_CHECKING:
@@ -29,14 +31,15 @@ def choose_backend(bundle: Bundle, name: str, device: torch.device, dtype: torch
     """The backend that "auto" means; any other name is checked and returned.
 
     ONNX Runtime on a CPU where the bundle has graphs for it and is small, as its attention holds all scores at once: a
-    small model's passes take half of torch's time there (bench/results). Else torch. Raises ConfigError for a name that
-    no backend has.
+    small model's passes take half of torch's time there (bench/results). Else torch, as for rings in float8. Raises
+    ConfigError for a name that no backend has.
     """
     if name != "auto":
         require_backend(name)
         return name
     small = _score_bytes(bundle.manifest) <= _MOST_SCORES
-    if device.type == "cpu" and small and _name(dtype) in bundle.manifest.graphs:
+    plain = bundle.manifest.stream.ring_dtype == "model"
+    if device.type == "cpu" and small and plain and _name(dtype) in bundle.manifest.graphs:
         from sfrt.backends.onnx import why_not
 
         if why_not("cpu", device, dtype) is None:
@@ -56,12 +59,19 @@ def ops_for(manifest: Manifest, device: torch.device, dtype: torch.dtype, pins: 
 
     pins name some; None takes them from SFRT_OPS. Raises ConfigError for a pin that cannot be kept.
     """
+    return Ops(device, pins, dtype, workloads_of(manifest))
+
+
+def workloads_of(manifest: Manifest) -> dict[str, Maker]:
+    """What the ops that are measured are measured on, by their names."""
     model, stream = manifest.model, manifest.stream
     tokens = Grid.of(model, stream).tokens
     keys = (stream.window or FRAMES_WITHOUT_WINDOW) * tokens
-    return Ops(
-        device, pins, dtype, {ATTENTION.name: workload(stream.chunk * tokens, keys, model.num_heads, model.head_dim)}
-    )
+    sizes = stream.chunk * tokens, keys, model.num_heads, model.head_dim
+    workloads = {ATTENTION.name: workload(*sizes)}
+    if stream.ring_dtype == "float8":
+        workloads[ATTENTION_FLOAT8.name] = workload_float8(*sizes)
+    return workloads
 
 
 def transformer_of(
@@ -82,7 +92,8 @@ def transformer_of(
     if backend == "torch":
         from sfrt.backends.torch import TorchBackend
 
-        weights = bundle.load("transformer", device, dtype, verify=verify)
+        with kernels_loaded(bundle, device, dtype, verify=verify):
+            weights = bundle.load("transformer", device, dtype, verify=verify)
         return TorchBackend(config, weights, device, dtype, quantization, ops)
     if backend == "tensorrt":
         from sfrt.backends.tensorrt import TensorrtBackend
@@ -106,14 +117,15 @@ def decoder_of(
     part = bundle.manifest.decoder
     if part is None:
         return None
+    own_dtype = decoder_dtype(part.config, device, dtype)
     if backend == "torch":
-        return load_decoder(part.config, bundle.load("decoder", device, verify=verify), device, dtype, ops)
+        weights = bundle.load("decoder", device, own_dtype, verify=verify)
+        return load_decoder(part.config, weights, device, dtype, ops)
     from sfrt.backends.exported_parts import ExportedDecoder
 
-    dtype = decoder_dtype(part.config, device, dtype)
     if backend == "tensorrt":
-        return ExportedDecoder(_plans(bundle, device, dtype), part.config)
-    return ExportedDecoder(_graphs(bundle, "decoder", backend, device, dtype, verify), part.config)
+        return ExportedDecoder(_plans(bundle, device, own_dtype), part.config)
+    return ExportedDecoder(_graphs(bundle, "decoder", backend, device, own_dtype, verify), part.config)
 
 
 def text_encoder_of(bundle: Bundle, backend: str, device: torch.device, *, verify: bool = True) -> TextEncoder:
@@ -122,9 +134,9 @@ def text_encoder_of(bundle: Bundle, backend: str, device: torch.device, *, verif
     ONNX Runtime takes over where it can run the graph of that dtype, torch elsewhere: it runs once a prompt.
     """
     text_encoder_need(bundle.manifest).require("the text encoder", device)
-    config = bundle.manifest.text_encoder
-    stored = bundle.stored_dtype("text_encoder") if config is not None else None
-    if backend.startswith("onnx") and config is not None and stored is not None and stored in bundle.manifest.graphs:
+    config, graphs = bundle.manifest.text_encoder, bundle.manifest.graph_dtypes("text_encoder")
+    stored = bundle.stored_dtype("text_encoder") if config is not None and graphs else None
+    if backend.startswith("onnx") and config is not None and stored is not None and stored in graphs:
         from sfrt.backends.exported_parts import ExportedTextEncoder
         from sfrt.backends.onnx import why_not
 

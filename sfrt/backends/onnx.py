@@ -71,7 +71,11 @@ class OnnxRunner:
         return lambda: self._run(graph, session, binding)
 
     def call(self, graph: GraphName, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All outputs of a graph, in memory that ONNX Runtime makes: for graphs whose sizes differ from run to run."""
+        """All outputs of a graph, in memory that ONNX Runtime makes: for graphs whose sizes differ from run to run.
+
+        On a CPU they are copied out of its arena: a stream keeps some for long, and around what stays there the arena
+        grows. On a GPU the copies would take as much memory again as the states of a large autoencoder.
+        """
         session = self._session(graph)
         binding = session.io_binding()
         held = {name: tensor.to(self.device).contiguous() for name, tensor in inputs.items()}
@@ -81,7 +85,8 @@ class OnnxRunner:
         for name in names:
             binding.bind_output(name, *self._place)
         self._run(graph, session, binding)
-        return {name: from_dlpack(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
+        made = {name: from_dlpack(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
+        return made if self._stream else {name: tensor.clone() for name, tensor in made.items()}
 
     def _run(self, graph: GraphName, session: Any, binding: Any) -> None:
         try:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -55,6 +56,7 @@ Part = Literal["transformer", "decoder", "text_encoder"]
 
 _STORED: dict[str, DTypeName] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HASH_BLOCK = 1 << 20
+_HASHED_TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,8 @@ class Bundle:
         seconds, and the pages read are those that `load` then maps, so much of that is reading that would come anyway.
         Raises BundleError for a file that the bundle lacks, or that is not what the manifest says.
         """
-        wanted = [name for name in dict.fromkeys(names) if name not in self._verified]
-        for name, found in zip(wanted, _hash_files([self._file(name) for name in wanted]), strict=True):
-            expected = self.manifest.files[name].sha256
-            if found != expected:
-                raise BundleError(
-                    f"{self.path / name} is damaged: its sha256 is {found[:12]}…, the manifest says "
-                    f"{expected[:12]}…; copy or export the bundle again"
-                )
-            self._verified.add(name)
+        with self._verifying(*names):
+            pass
 
     def load(
         self,
@@ -106,20 +101,25 @@ class Bundle:
         *,
         verify: bool = False,
     ) -> dict[str, Tensor]:
-        """One part's tensors by parameter name; dtype None leaves them as stored. verify hashes their file before.
+        """One part's tensors by parameter name; dtype None leaves them as stored. verify hashes their file meanwhile.
 
         Quantised weights and their scales are left as stored in any case.
 
-        On the CPU they are mapped from the file and take no memory until touched, unless dtype makes copies.
+        On the CPU they are mapped from the file and take no memory until touched, unless dtype makes copies. To a GPU
+        the file is read once (`sfrt.bundle.upload`).
         Raises BundleError when the bundle lacks the part, or its file is damaged or no safetensors file.
         """
+        import torch
         from safetensors import SafetensorError, safe_open
 
         path = self._file(f"{part}.safetensors")
-        if verify:
-            self.verify(path.name)
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            if torch.device(device).type == "cuda":
+                return self._upload(path, torch.device(device), dtype, verify)
+            with (
+                self._verifying(*([path.name] if verify else [])),
+                safe_open(path, framework="pt", device=str(device)) as file,
+            ):
                 return {name: in_dtype(name, file.get_tensor(name), dtype) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise BundleError(f"{path} cannot be read ({error}); copy or export the bundle again") from None
@@ -159,6 +159,34 @@ class Bundle:
     def tokenizer_path(self) -> Path:
         """The tokenizer's file. Raises BundleError where the bundle has none."""
         return self._file(TOKENIZER)
+
+    def _upload(self, path: Path, device: torch.device, dtype: torch.dtype | None, verify: bool) -> dict[str, Tensor]:
+        from sfrt.bundle.upload import CudaLane, upload
+
+        digest = None if not verify or path.name in self._verified else hashlib.sha256()
+        tensors = upload(path, CudaLane(device), dtype, digest.update if digest else None)
+        if digest:
+            self._compare(path.name, digest.hexdigest())
+        return tensors
+
+    @contextmanager
+    def _verifying(self, *names: str) -> Iterator[None]:
+        """As verify, while the body runs; what is wrong is raised at its end."""
+        wanted = [name for name in dict.fromkeys(names) if name not in self._verified]
+        with _hashing([self._file(name) for name in wanted]) as hashes:
+            yield
+        for name, found in zip(wanted, hashes, strict=True):
+            self._compare(name, found)
+
+    def _compare(self, name: str, found: str) -> None:
+        """Raise BundleError where a file's hash is not the manifest's."""
+        expected = self.manifest.files[name].sha256
+        if found != expected:
+            raise BundleError(
+                f"{self.path / name} is damaged: its sha256 is {found[:12]}…, the manifest says "
+                f"{expected[:12]}…; copy or export the bundle again"
+            )
+        self._verified.add(name)
 
     def _file(self, name: str) -> Path:
         if name not in self.manifest.files:
@@ -208,18 +236,23 @@ def hash_file(path: Path, progress: Callable[[int], object] = lambda count: None
     return digest.hexdigest()
 
 
-def _hash_files(paths: list[Path]) -> list[str]:
-    """SHA-256 of several files at a time: hashing releases the interpreter. Ctrl-C ends it within a block of each."""
-    if not paths:
-        return []
+@contextmanager
+def _hashing(paths: list[Path]) -> Iterator[list[str]]:
+    """SHA-256 of several files at a time, while the body runs: hashing releases the interpreter.
+
+    The list is filled behind the body. What ends that early, such as Ctrl-C, ends hashing within a block of each.
+    """
+    hashes: list[str] = []
     stopped = Event()
 
     def go_on(count: int) -> None:
         if stopped.is_set():
             raise CancelledError
 
-    with ThreadPoolExecutor(len(paths)) as pool:
+    with ThreadPoolExecutor(_HASHED_TOGETHER) as pool:
+        running = [pool.submit(hash_file, path, go_on) for path in paths]
         try:
-            return list(pool.map(lambda path: hash_file(path, go_on), paths))
+            yield hashes
+            hashes += [each.result() for each in running]
         finally:
             stopped.set()

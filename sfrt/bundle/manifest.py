@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sfrt.bundle.quantization import Quantization
+from sfrt.bundle.kernels import KernelSet
+from sfrt.bundle.quantization import Quantization, TextQuantization
 from sfrt.bundle.schema import SchemaError, from_json, to_json
 from sfrt.config import DecoderConfig, ModelConfig, StreamConfig, TaehvConfig, Umt5Config, WanVaeConfig
 from sfrt.errors import BundleError, ConfigError
 from sfrt.graphs import graph_files
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 
@@ -28,12 +29,16 @@ HOW_TO_ADD = {
     "text_encoder.safetensors": _ADD_TEXT,
     TOKENIZER: _ADD_TEXT,
 }
+_ADD_KERNELS = "compile them again with sfrt export BUNDLE --kernels GPUS"
 _ADD_GRAPHS = "export the checkpoint again with --onnx"
 _STREAM_SINCE_2 = {"positions": "absolute", "refresh": "rolling"}
 """What version 2 added to a stream's settings, as all streams were before."""
+_SINCE_3: dict[str, Any] = {"text_quantization": None, "kernels": []}
+_STREAM_SINCE_3 = {"ring_dtype": "model"}
+"""What version 3 added, likewise."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_FILE_NAME = re.compile(r"(?:kernels/sm_[0-9]+a?/)?[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,9 @@ class Manifest:
     decoder and text_encoder are None where the bundle has none. weights says which of a training's weights the
     transformer holds: the name they had in the checkpoint, such as generator_ema, or flat where they had none. dtype is
     that of these weights as stored, or of most of them; of those that are not quantised, where some are. graphs are the
-    dtypes that it has ONNX graphs in. quantization is None where no weights are quantised. source describes the files
-    that the bundle was made from, files those it consists of, by name.
+    dtypes that it has ONNX graphs in. quantization is None where the transformer's weights are as they were, and
+    text_quantization where the text encoder's are. kernels are those that were compiled ahead of time. source describes
+    the files that the bundle was made from, files those it consists of, by name.
     Raises ConfigError when the parts do not fit each other.
     """
 
@@ -86,7 +92,9 @@ class Manifest:
     decoder: TaehvPart | WanVaePart | None = None
     text_encoder: Umt5Config | None = None
     graphs: tuple[DTypeName, ...] = ()
+    kernels: tuple[KernelSet, ...] = ()
     quantization: Quantization | None = None
+    text_quantization: TextQuantization | None = None
     source: dict[str, FileInfo] = field(default_factory=dict)
     files: dict[str, FileInfo] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -105,6 +113,8 @@ class Manifest:
                 f"the text encoder makes embeddings of {self.text_encoder.dim} "
                 f"but the model reads {self.model.text_dim}"
             )
+        if self.text_quantization is not None and self.text_encoder is None:
+            raise ConfigError("a text encoder is said to be quantised, but there is none")
 
     def expected_files(self) -> tuple[str, ...]:
         """The files that a bundle with these parts consists of, the manifest aside."""
@@ -117,10 +127,16 @@ class Manifest:
         return (
             *names,
             *(file for part in parts for dtype in self.graph_dtypes(part) for file in graph_files(part, dtype)),
+            *(file for kernels in self.kernels for file in kernels.files),
         )
 
     def graph_dtypes(self, part: str) -> tuple[DTypeName, ...]:
-        """The dtypes of a part's graphs."""
+        """The dtypes of a part's graphs. A quantised text encoder has none: it is read with torch on every backend.
+
+        ONNX Runtime would unfold its weights when it loads them, to more than they took before.
+        """
+        if part == "text_encoder" and self.text_quantization is not None:
+            return ()
         return tuple(dict.fromkeys(self.graph_dtype(part, dtype) for dtype in self.graphs))
 
     def graph_dtype(self, part: str, dtype: DTypeName) -> DTypeName:
@@ -164,7 +180,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def how_to_add(name: str) -> str:
     """What to do about a file that a bundle lacks."""
-    return HOW_TO_ADD.get(name, _ADD_GRAPHS)
+    return HOW_TO_ADD.get(name, _ADD_KERNELS if name.startswith("kernels/") else _ADD_GRAPHS)
 
 
 def _check_version(path: Path, data: object) -> None:
@@ -181,9 +197,10 @@ def _check_version(path: Path, data: object) -> None:
 
 def _brought_up(data: dict[str, Any]) -> dict[str, Any]:
     """The data of a manifest of any version that is read, as this version has it."""
-    if data["schema_version"] == SCHEMA_VERSION or not isinstance(data.get("stream"), dict):
-        return data
-    return {**data, "schema_version": SCHEMA_VERSION, "stream": {**_STREAM_SINCE_2, **data["stream"]}}
+    version, stream = data["schema_version"], data.get("stream")
+    if version < 3 and isinstance(stream, dict):
+        data = {**data, "stream": {**(_STREAM_SINCE_2 if version < 2 else {}), **_STREAM_SINCE_3, **stream}}
+    return {**(_SINCE_3 if version < 3 else {}), **data, "schema_version": SCHEMA_VERSION}
 
 
 def _check_files(path: Path, files: Mapping[str, FileInfo], expected: tuple[str, ...]) -> None:

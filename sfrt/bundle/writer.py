@@ -188,6 +188,41 @@ class BundleWriter:
         )
 
 
+def extend(bundle: Bundle, manifest: Manifest, content: Mapping[str, bytes]) -> Bundle:
+    """The bundle with these files besides, and without those that the manifest, its `files` aside, no longer expects.
+
+    The manifest is exchanged last, in one step, so that the bundle is whole at any moment. Raises BundleError where it
+    cannot be written, or is not what the manifest expects.
+    """
+    added = {name: FileInfo(len(data), hashlib.sha256(data).hexdigest()) for name, data in content.items()}
+    files = {**bundle.manifest.files, **added}
+    expected = manifest.expected_files()
+    if missing := set(expected) - files.keys():
+        raise BundleError(f"{bundle.path} would lack {sorted(missing)}; add them with the manifest")
+    manifest = replace(manifest, files={name: files[name] for name in expected})
+    try:
+        for name, data in content.items():
+            _put(bundle.path / name, data)
+        _put(bundle.path / MANIFEST, manifest.dumps().encode())
+    except OSError as error:
+        raise BundleError(f"{bundle.path} cannot be written ({error.strerror}); it is as it was") from None
+    for name in bundle.manifest.files.keys() - manifest.files.keys():
+        with contextlib.suppress(OSError):  # it is no part of the bundle any more
+            (bundle.path / name).unlink()
+    return Bundle(bundle.path, manifest)
+
+
+def _put(path: Path, data: bytes) -> None:
+    """A file in its place in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _as_lazy(tensor: Tensor | LazyTensor) -> LazyTensor:
     if isinstance(tensor, LazyTensor):
         return tensor

@@ -14,6 +14,7 @@ from sfrt.cli.options import given_settings, json_option, stream_options
 
 if TYPE_CHECKING:
     from sfrt.bundle import Bundle, Manifest, Quantization
+    from sfrt.bundle.kernels import KernelSet
     from sfrt.config import StreamConfig
 
 
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
 @click.option("--onnx", is_flag=True, help="Write ONNX graphs too, in float32, bfloat16 and the dtype that is stored.")
 @click.option("--onnx-dtype", multiple=True, help="Write ONNX graphs in this dtype instead; may be repeated.")
 @click.option("--quantize", help="Keep the big weights in 8 bits: int8, float8 or float8-static.")
+@click.option("--quantize-text", help="Keep the text encoder's weights in 8 bits, half its memory: int8 or float8.")
 @click.option("--force", is_flag=True, help="Quantise whatever the quality gate says.")
 @click.option("--tensorrt", is_flag=True, help="Build TensorRT plans for this machine's GPU from the graphs as well.")
+@click.option("--kernels", metavar="GPUS", help="Compile its kernels for these kinds of GPU, as sm_90a,sm_100a.")
 @click.option("--any-start", is_flag=True, help="Plans for streams that go on from pictures and clips, too.")
 @click.option("--frames", type=int, help="Plans for streams of at most so many latent frames: those without a window.")
 @click.option("--heads", type=int, help="Attention heads, where they are not 128 wide.")
@@ -55,9 +58,11 @@ def export(
     onnx: bool,
     onnx_dtype: tuple[Any, ...],
     tensorrt: bool,
+    kernels: str | None,
     any_start: bool,
     frames: int | None,
     quantize: Any,
+    quantize_text: Any,
     force: bool,
     heads: int | None,
     text_len: int | None,
@@ -66,14 +71,17 @@ def export(
 ) -> None:
     """Turn a published CHECKPOINT into a bundle.
 
-    A bundle in its place becomes a quantised one with --quantize, or gets plans for this machine's GPU with --tensorrt:
-    for its own stream, or for the one that --height, --width, --window and so on make of it.
+    A bundle in its place becomes a quantised one with --quantize or --quantize-text, or gets plans for this machine's
+    GPU with --tensorrt: for its own stream, or for the one that --height, --width, --window and so on make of it.
+    --kernels compiles the kernels that its own stream runs on a GPU into it, so that nothing is compiled there.
     """
     from sfrt.bundle import Bundle
     from sfrt.bundle.manifest import MANIFEST
     from sfrt_export.export import export_checkpoint
+    from sfrt_export.kernels import add_kernels
     from sfrt_export.quantized_bundle import quantize_bundle
 
+    quantizing = quantize is not None or quantize_text is not None
     is_bundle = (Path(checkpoint) / MANIFEST).is_file()
     stream = given_settings(settings)
     options: dict[str, Any] = {
@@ -90,25 +98,30 @@ def export(
     }
     if is_bundle:
         of_checkpoint = any(value is not None for value in options.values()) or onnx or onnx_dtype
-        if of_checkpoint or bool(quantize) != (output is not None) or not (quantize or tensorrt):
+        if of_checkpoint or quantizing != (output is not None) or not (quantizing or tensorrt or kernels):
             raise click.UsageError(
-                f"{checkpoint} is a bundle: give --quantize with -o DIR, or --tensorrt, and no settings of an export"
+                f"{checkpoint} is a bundle: give --quantize or --quantize-text with -o DIR, --tensorrt or --kernels, "
+                "and no settings of an export"
             )
     elif output is None:
         raise click.UsageError("give the new bundle a folder: -o DIR")
     if not tensorrt:
         of_bundle = {"dtype": dtype, **settings} if is_bundle else {}
         _refuse({"any-start": any_start or None, "frames": frames, **of_bundle}, "without --tensorrt")
-    if quantize is None:
-        _refuse({"force": force or None}, "without --quantize")
+    if not quantizing:
+        _refuse({"force": force or None}, "without --quantize or --quantize-text")
     with _StageBars() as bars:
         if output is None:
             bundle = Bundle.open(checkpoint)
         elif is_bundle:
-            bundle = quantize_bundle(Bundle.open(checkpoint), output, quantize, force=force, progress=bars)
+            given = Bundle.open(checkpoint)
+            bundle = quantize_bundle(given, output, quantize, text=quantize_text, force=force, progress=bars)
         else:
+            options |= {"quantize": quantize, "quantize_text": quantize_text, "force": force}
             options |= {"stream": stream, "dtype": dtype, "onnx": onnx_dtype or (True if onnx or tensorrt else ())}
-            bundle = export_checkpoint(checkpoint, output, **options, quantize=quantize, force=force, progress=bars)
+            bundle = export_checkpoint(checkpoint, output, **options, progress=bars)
+        if kernels is not None:
+            bundle = add_kernels(bundle, kernels.split(","), progress=bars)
     click.echo(bundle.manifest.dumps() if as_json else _describe(bundle.manifest))
     if tensorrt:
         _build_plans(bundle, stream, dtype, frames, any_start)
@@ -132,7 +145,7 @@ def _build_plans(bundle: Bundle, stream: dict[str, Any], dtype: Any, frames: int
 
 
 class _StageBars:
-    """One progress bar on stderr after another, for stages that count bytes, and the gate's measurements."""
+    """One progress bar on stderr after another, for stages that count bytes, and the gates' measurements."""
 
     def __init__(self) -> None:
         self._stage = ""
@@ -147,7 +160,7 @@ class _StageBars:
             self._bar = tqdm(
                 desc=stage,
                 total=total,
-                unit="" if stage == "gate" else "B",
+                unit="" if stage.endswith(("gate", "kernels")) else "B",
                 unit_scale=True,
                 file=sys.stderr,
                 disable=None,
@@ -171,7 +184,21 @@ def info(directory: str | None, as_json: bool) -> None:
     from sfrt.bundle import Bundle, resolve_model
 
     manifest = Bundle.open(resolve_model(directory)).manifest
-    click.echo(manifest.dumps() if as_json else "\n".join((_describe(manifest), _memory(manifest))))
+    click.echo(
+        manifest.dumps() if as_json else "\n".join((_describe(manifest), _memory(manifest), *_on_this_gpu(manifest)))
+    )
+
+
+def _on_this_gpu(manifest: Manifest) -> tuple[str, ...]:
+    """What becomes of the kernels in it on this machine's GPU, if it has one."""
+    import torch
+
+    from sfrt.backends.kernels import capability_under, kernels_for
+
+    if not torch.cuda.is_available():
+        return ()
+    found = kernels_for(manifest, capability_under(torch.device("cuda")), "bfloat16")
+    return (f"compiles its kernels here: {found}" if isinstance(found, str) else "compiles no kernels here",)
 
 
 def _memory(manifest: Manifest) -> str:
@@ -195,17 +222,33 @@ def _describe(manifest: Manifest) -> str:
         "decoder": "none" if manifest.decoder is None else manifest.decoder.kind,
         **({} if manifest.quantization is None else {"quantised": _quality(manifest.quantization)}),
         "graphs": ", ".join(manifest.graphs) or "none",
-        "text encoder": "none"
-        if manifest.text_encoder is None
-        else f"UMT5, dim {manifest.text_encoder.dim}, {manifest.text_encoder.num_layers} layers",
+        "text encoder": _reader(manifest),
         "stream": f"{stream.width}×{stream.height} at {stream.fps} fps, chunks of {stream.chunk}, {window}",
         "steps": f"{_listed(stream.steps)}{' warped' if stream.warp else ''}, shift {stream.shift:g}",
         **_rarities(stream),
-        **{name: f"{info.bytes / 1e6:.1f} MB, sha256 {info.sha256[:12]}…" for name, info in manifest.files.items()},
+        **{
+            name: f"{info.bytes / 1e6:.1f} MB, sha256 {info.sha256[:12]}…"
+            for name, info in manifest.files.items()
+            if not any(name in kernels.files for kernels in manifest.kernels)
+        },
+        **{f"for {kernels.architecture}": _kernels(manifest, kernels) for kernels in manifest.kernels},
         **{f"from {name}": f"{info.bytes / 1e6:.1f} MB" for name, info in manifest.source.items()},
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def _reader(manifest: Manifest) -> str:
+    encoder, quantised = manifest.text_encoder, manifest.text_quantization
+    if encoder is None:
+        return "none"
+    kept = "" if quantised is None else f", {quantised.method}, embeddings off by {quantised.embeds_error:.2%}"
+    return f"UMT5, dim {encoder.dim}, {encoder.num_layers} layers{kept}"
+
+
+def _kernels(manifest: Manifest, kernels: KernelSet) -> str:
+    size = sum(manifest.files[name].bytes for name in kernels.files)
+    return f"{len(kernels.names)} kernels in {kernels.dtype}, {size / 1e6:.1f} MB, compiled by Triton {kernels.triton}"
 
 
 def _quality(quantization: Quantization) -> str:
@@ -226,6 +269,8 @@ def _rarities(stream: StreamConfig) -> dict[str, str]:
         rows["first steps"] = _listed(stream.first_steps)
     if stream.positions == "window":
         rows["positions"] = "relative to the window"
+    if stream.ring_dtype != "model":
+        rows["ring"] = stream.ring_dtype
     if stream.refresh != "rolling":
         picture = ", its first one as a picture" if stream.refresh == "reencode" else ""
         rows["refresh"] = f"all frames in view anew before every chunk{picture}"

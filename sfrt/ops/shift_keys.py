@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sfrt.ops.eight_bits import FLOAT8, LARGEST
+
 
 def shift_keys(features: Tensor, shift: int, rotary_base: float) -> Tensor:
     """The frame axis' features of keys, [..., 2·n], as `shift` frames further on; turned in float32, dtype kept.
@@ -22,4 +24,7 @@ def shift_keys(features: Tensor, shift: int, rotary_base: float) -> Tensor:
     angle = shift * torch.pow(rotary_base, -exponents)
     phase = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
     turned = torch.view_as_complex(features.float().unflatten(-1, (pairs, 2))) * phase
-    return torch.view_as_real(turned).flatten(-2).to(features.dtype)
+    shifted = torch.view_as_real(turned).flatten(-2)
+    if features.dtype == FLOAT8:  # where rounding up goes beyond the largest value, that becomes no number by itself
+        shifted = shifted.clamp_(-LARGEST[FLOAT8], LARGEST[FLOAT8])
+    return shifted.to(features.dtype)

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sfrt.ops.checks import row_stride
+from sfrt.ops.eight_bits import LARGEST
 from sfrt.ops.op import FLOAT8
-from sfrt.ops.quantized_linear import LARGEST
 from sfrt.ops.triton_kernels.launch import Launch, Launches, power_of_two
 
 

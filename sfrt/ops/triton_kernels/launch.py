@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import update_wrapper
+from functools import lru_cache, update_wrapper
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -17,17 +17,24 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_ALIGNED = [["tt.divisibility", 16]]
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float8_e4m3fn: "*fp8e4nv",
-    torch.uint8: "*u8",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
+
+@dataclass(frozen=True)
+class Specialised:
+    """What Triton compiles: a kernel's source with its types, constants and alignments, for a GPU, with options.
+
+    key is what it keeps the outcome under, beside the kernel and the device.
+    """
+
+    key: str
+    source: Any
+    target: Any
+    options: Any
+
+    def compile(self) -> Any:
+        """Triton's compiled kernel."""
+        import triton
+
+        return triton.compile(self.source, target=self.target, options=self.options.__dict__)
 
 
 @dataclass(frozen=True)
@@ -57,33 +64,30 @@ class Launch:
         dtypes = {value.dtype for value in self.arguments.values() if isinstance(value, Tensor)}
         return 89 if torch.float8_e4m3fn in dtypes else 80
 
-    def compile(self, capability: int) -> Any:
-        """Triton's compiled kernel for a compute capability such as 90, specialised as a run on these tensors is."""
-        import triton
-        from triton.backends.compiler import GPUTarget
+    def specialised(self, capability: int) -> Specialised:
+        """What Triton makes of it for a compute capability such as 90, by the way that a run takes (Triton 3.6)."""
+        from triton import knobs
         from triton.compiler import ASTSource
+        from triton.runtime.jit import compute_cache_key
 
-        signature: dict[str, str] = {}
-        constants, attributes = self.constants_on(capability), {}
-        for name, value in self.arguments.items():
-            position = (self.kernel.arg_names.index(name),)
-            if isinstance(value, Tensor):
-                signature[name] = _POINTERS[value.dtype]
-                if (value.storage_offset() * value.element_size()) % 16 == 0:
-                    attributes[position] = _ALIGNED
-            elif value is None or (type(value) is int and value == 1 and name not in self.kernel.do_not_specialize):
-                signature[name], constants[name] = "constexpr", value
-            else:
-                signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
-                if isinstance(value, int) and value % 16 == 0 and name not in self.kernel.do_not_specialize:
-                    attributes[position] = _ALIGNED
-        signature |= dict.fromkeys(self.constants, "constexpr")
+        backend, bind = _binder(self.kernel, capability)
+        given = {
+            **self.arguments,
+            **self.constants_on(capability),
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "debug": self.kernel.debug or knobs.runtime.debug,
+            "instrumentation_mode": knobs.compilation.instrumentation_mode,
+        }
+        bound, kinds, rest = bind(**given)
+        key = compute_cache_key({}, kinds, rest)
+        options, signature, constants, attributes = self.kernel._pack_args(backend, given, bound, kinds, rest)
         source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(
-            source,
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": self.warps, "num_stages": self.stages},
-        )
+        return Specialised(key, source, backend.target, options)
+
+    def compile(self, capability: int) -> Any:
+        """Triton's compiled kernel for a compute capability."""
+        return self.specialised(capability).compile()
 
     def constants_on(self, capability: int) -> dict[str, Any]:
         """The compile-time constants on a compute capability."""
@@ -102,6 +106,17 @@ class Launches(Generic[P, R]):
         for launch in launches:
             launch.run()
         return result
+
+
+@lru_cache
+def _binder(kernel: Any, capability: int) -> tuple[Any, Any]:
+    """Triton's backend for a compute capability, and its function from a kernel's arguments to what they specialise."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
 def _capability_under(arguments: Iterable[Any]) -> int:

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sfrt.ops.eight_bits import LARGEST
 from sfrt.ops.op import FLOAT8
-from sfrt.ops.quantized_linear import LARGEST
 from sfrt.ops.triton_kernels.launch import Launch, Launches, power_of_two
 from sfrt.ops.triton_kernels.qk_norm import rms_normed
 
