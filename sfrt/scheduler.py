@@ -17,6 +17,8 @@ from sfrt.errors import AdmissionError, ConfigError
 
 Policy = Literal["block", "drop"]
 """What a full queue does: "block" has its session wait until there is room, "drop" lets the oldest chunk go."""
+Hold = Literal["paused", "not ready"]
+"""Why a session is not run: its viewer's picture stands still by wish, or the next chunk cannot be made yet."""
 
 _ROUNDING = 1e-9
 """Tenths add up to a little more than they should."""
@@ -113,7 +115,7 @@ class Lane(Generic[T]):
     The first chunk is due one period after the session came; it is shown as soon as it is there, and each chunk after
     it is due when those before it have been shown. A late one stops the picture, and what follows is due that much
     later. A chunk is begun at most `room` periods before it is due, so that a viewer who takes chunks at once does not
-    get them faster than they are shown.
+    get them faster than they are shown, however often it pauses.
     """
 
     def __init__(self, demand: Demand, now: float, *, room: int = 2, policy: Policy = "block") -> None:
@@ -127,8 +129,8 @@ class Lane(Generic[T]):
         self.due = now + demand.period_ms / 1e3
         self.tally = Tally()
         self._queue: deque[tuple[T, int]] = deque()
-        self._shown = False
-        self._held: set[str] = set()
+        self._ends = now  # when all that was made has been shown
+        self._held: dict[Hold, float] = {}  # since when
 
     def __len__(self) -> int:
         """How many chunks wait to be taken."""
@@ -137,7 +139,7 @@ class Lane(Generic[T]):
     @property
     def begun(self) -> bool:
         """Whether a chunk has been made."""
-        return self._shown
+        return self.tally.made > 0
 
     @property
     def opens(self) -> float:
@@ -149,18 +151,21 @@ class Lane(Generic[T]):
         """Whether it cannot be run, however late it is: held, or its queue full."""
         return bool(self._held) or (self.policy == "block" and len(self._queue) >= self.room)
 
-    def held(self, why: str) -> bool:
+    def held(self, why: Hold) -> bool:
         return why in self._held
 
-    def hold(self, why: str) -> None:
+    def hold(self, why: Hold, now: float) -> None:
         """Do not run it until this reason is released."""
-        self._held.add(why)
+        self._held.setdefault(why, now)
 
-    def release(self, why: str, now: float) -> None:
+    def release(self, why: Hold, now: float) -> None:
         """Take a reason away. Time that it could not run in is not counted against it."""
-        if why in self._held:
-            self._held.remove(why)
-            self._due_no_earlier(now + self.demand.period_ms / 1e3)
+        since = self._held.pop(why, None)
+        if since is None:
+            return
+        if why == "paused":
+            self._ends += now - since
+        self.due = max(self._ends, now + self.demand.period_ms / 1e3)
 
     def put(self, chunk: T, frames: int, now: float) -> None:
         """A chunk of so many pixel frames is done."""
@@ -168,8 +173,7 @@ class Lane(Generic[T]):
             self.tally.met += 1
         else:
             self.tally.late += 1
-        self.due = (max(self.due, now) if self._shown else now) + frames / self.demand.fps
-        self._shown = True
+        self.due = self._ends = max(self._ends, now) + frames / self.demand.fps
         if len(self._queue) >= self.room:
             assert self.policy == "drop", "a session whose queue blocks is not run while it is full"
             self._queue.popleft()
@@ -186,15 +190,19 @@ class Lane(Generic[T]):
             return None
         chunk, frames = self._queue.popleft()
         if self.policy == "block":
-            self._due_no_earlier(now + (frames + sum(count for _, count in self._queue)) / self.demand.fps)
+            self._ends = max(self._ends, now + (frames + sum(count for _, count in self._queue)) / self.demand.fps)
+            self.due = max(self.due, self._ends)
         return chunk
 
-    def clear(self) -> None:
-        """Let what waits go; it counts as neither taken nor dropped."""
-        self._queue.clear()
+    def clear(self, now: float) -> None:
+        """Let what waits go, and what is being shown: the next chunk is a first one again.
 
-    def _due_no_earlier(self, time: float) -> None:
-        self.due = max(self.due, time)
+        It counts as neither taken nor dropped.
+        """
+        self._queue.clear()
+        self._held = dict.fromkeys(self._held, now)
+        self._ends = now
+        self.due = now + self.demand.period_ms / 1e3
 
 
 class Scheduler(Generic[T]):

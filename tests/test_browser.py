@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sfrt.server.limits import Limits
-from tests.servers import BLUE, Running, quick_runtime, serving
+from tests.servers import BLUE, Running, runtime_at, serving
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 pytestmark = pytest.mark.browser
 
+_ARGUMENTS = ["--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
+"""The last two: a camera that shows a green test picture, and a viewer who allows it."""
 PIXEL = "([x, y]) => [...document.getElementById('canvas').getContext('2d').getImageData(x, y, 1, 1).data.slice(0, 3)]"
 PIXELS = """() => {
   const canvas = document.getElementById('canvas');
@@ -28,7 +30,7 @@ PIXELS = """() => {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(quick_runtime(fps=16), tmp_path_factory.mktemp("recordings"), Limits(sessions=2)) as running:
+    with serving(runtime_at(fps=16), tmp_path_factory.mktemp("recordings"), Limits(sessions=2)) as running:
         yield running
 
 
@@ -39,7 +41,7 @@ def browser() -> Iterator[Browser]:
     if chromium is None:
         pytest.skip("there is no Chromium here; apt-get install chromium, or name one in SFRT_CHROMIUM")
     with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        started = driver.chromium.launch(executable_path=chromium, args=_ARGUMENTS)
         yield started
         started.close()
 
@@ -49,12 +51,14 @@ def open_page(server: Running, browser: Browser, request: pytest.FixtureRequest)
     """Opens the page with a context's options; whatever it complains of fails the test."""
     contexts, complaints = [], []
 
-    def opened(query: str = "", *, url: str = "", **options: Any) -> Page:
+    def opened(query: str = "", *, url: str = "", before: str = "", **options: Any) -> Page:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, **options})
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+        if before:
+            page.add_init_script(before)
         page.goto((url or server.url) + query)
         wait_for(page, "document.getElementById('corner').textContent !== ''")
         return page
@@ -187,10 +191,122 @@ def test_a_recording_is_offered_for_download(open_page: Callable[..., Page], tmp
 
 
 def test_a_viewer_that_is_sent_away_can_come_back(open_page: Callable[..., Page], tmp_path: Path) -> None:
-    with serving(quick_runtime(fps=16), tmp_path, Limits(idle_s=2.0)) as other:
+    with serving(runtime_at(fps=16), tmp_path, Limits(idle_s=4.0, rewind_chunks=2)) as other:
+        other.service.engine.measure(history=other.service.limits.history)  # as `serve` does: it takes its time
         page = open_page(url=other.url)
         page.wait_for_selector("#notice button")
-        assert "nothing was asked for in 2 s" in page.inner_text("#notice")
+        assert "nothing was asked for in 4 s" in page.inner_text("#notice")
         page.click("#notice button")
         page.wait_for_selector("body[data-playing=playing]")
         page.context.close()
+
+
+def green(page: Page) -> bool:
+    """Whether a corner is the green of Chromium's own camera picture, or of the clip."""
+    red, green, blue = background(page)
+    return green > 1.4 * red and green > 1.4 * blue
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("camera", {"color_scheme": "light"}),
+        (
+            "camera-phone",
+            {
+                "color_scheme": "dark",
+                "viewport": {"width": 390, "height": 844},
+                "is_mobile": True,
+                "has_touch": True,
+                "device_scale_factor": 2,
+            },
+        ),
+    ],
+)
+def test_a_stream_goes_by_the_camera_and_leaves_it(
+    open_page: Callable[..., Page], shots: Path, name: str, options: dict[str, Any]
+) -> None:
+    page = open_page(**options)
+    assert not green(page)
+    page.fill("#prompt", "a yellow circle moving left on a green background")
+    page.click("#camera")
+    page.wait_for_selector("#self", state="visible")
+    wait_for(page, "document.getElementById('corner').textContent.split(' · ')[0] >= 2", 60)
+    assert green(page)
+    assert page.is_visible("#strength") and page.is_disabled("#back") and page.is_disabled("#keep")
+    first = page.evaluate(PIXELS)
+    page.wait_for_timeout(1000)
+    assert page.evaluate(PIXELS) != first
+    page.screenshot(path=shots / f"serve-{name}.png", full_page="phone" in name)
+    page.fill("#strength", "0.3")
+    wait_for(page, "document.querySelectorAll('#steps .removed').length <= 2")
+    page.click("#words")
+    page.wait_for_selector("#self", state="hidden")
+    wait_for(page, "document.getElementById('corner').textContent !== ''")
+    assert page.is_enabled("#back")
+
+
+def test_a_stream_goes_by_a_clip_and_says_when_it_has_ended(open_page: Callable[..., Page], tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "clip.mp4", frames=40)
+    page = open_page()
+    page.fill("#prompt", "a red square moving right on a green background")
+    page.set_input_files("#clip", path)
+    wait_for(page, "document.getElementById('clip-label').dataset.on === 'true'")
+    page.wait_for_selector("#notice button", timeout=60_000)
+    assert "The clip has ended" in page.inner_text("#notice")
+    assert green(page)
+    page.click("#notice button")
+    page.wait_for_selector("body[data-playing=playing]")
+
+
+def test_where_browsers_keep_the_camera_a_clip_can_be_filmed(open_page: Callable[..., Page], tmp_path: Path) -> None:
+    page = open_page(before="Object.defineProperty(navigator, 'mediaDevices', { value: undefined })")
+    assert page.is_hidden("#camera")
+    assert "https" in str(page.get_attribute("#film-label", "title"))
+    assert page.get_attribute("#film", "capture") == "environment"
+    page.set_input_files("#film", write_clip(tmp_path / "filmed.mp4", frames=60))
+    wait_for(page, "document.getElementById('clip-label').dataset.on === 'true'")
+    wait_for(page, "document.querySelectorAll('#steps .removed').length < 8", 60)
+
+
+def test_the_steps_are_previewed_while_they_can_be_seen(open_page: Callable[..., Page], shots: Path) -> None:
+    page = open_page()
+    wait_for(page, "document.querySelectorAll('#previews canvas').length === 8")
+    page.locator("#steps-panel").screenshot(path=shots / "serve-steps.png")
+    page.context.close()
+    phone = open_page(viewport={"width": 390, "height": 600}, is_mobile=True)
+    phone.wait_for_timeout(1500)
+    assert phone.locator("#previews canvas").count() == 0
+    phone.locator("#steps-panel").scroll_into_view_if_needed()
+    wait_for(phone, "document.querySelectorAll('#previews canvas').length === 8")
+
+
+def test_a_moment_is_kept_and_come_back_to(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+    page.keyboard.press("k")
+    page.wait_for_selector("#kept button")
+    kept = int(page.inner_text("#kept b").removeprefix("chunk "))
+    page.fill("#prompt", BLUE)
+    page.press("#prompt", "Enter")
+    page.wait_for_selector("#receipts li")
+    page.click("#kept button")
+    wait_for(page, f"document.getElementById('prompt').value !== {BLUE!r}")
+    wait_for(page, f"document.getElementById('corner').textContent.startsWith('{kept} ')")
+    page.wait_for_timeout(500)
+    assert min(background(page)) > 180  # on white again
+
+
+def write_clip(path: Path, frames: int) -> Path:
+    """Green, and what moves in it."""
+    import av
+    import numpy as np
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for number in range(frames):
+            array = np.full((64, 96, 3), (20, 160, 60), np.uint8)
+            array[20:40, number : number + 20] = (230, 60, 20)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path

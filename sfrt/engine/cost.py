@@ -14,7 +14,6 @@ import torch
 
 from sfrt.config import StreamConfig
 from sfrt.decoders.taehv import TIME
-from sfrt.device import free_bytes
 from sfrt.engine.worker import Worker
 from sfrt.machine import resident_memory
 from sfrt.runtime import Runtime
@@ -96,7 +95,7 @@ class Costs:
     def _held_bytes(self) -> int:
         """Memory that is taken, up to a constant: of the device, or for a CPU by this program."""
         device = self._runtime.device
-        return (resident_memory() or 0) if device.type == "cpu" else -(free_bytes(device) or 0)
+        return (resident_memory() or 0) if device.type == "cpu" else -(self._runtime.free_bytes() or 0)
 
 
 def _milliseconds(session: Session) -> float:

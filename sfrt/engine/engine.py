@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,15 +16,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from sfrt.chunk import Chunk
 from sfrt.config import StreamConfig
-from sfrt.device import free_bytes
 from sfrt.engine.cost import Costs, Kind
 from sfrt.engine.stream import State, Stream, Streamable, StreamStats
 from sfrt.engine.worker import Job, Worker
 from sfrt.errors import AdmissionError, Cancelled
 from sfrt.runtime import Runtime
 from sfrt.scheduler import Demand, Lane, Policy, Scheduler, Tally, load, utilisation
-from sfrt.session import Chunk, Session
+from sfrt.session import Session
 
 S = TypeVar("S", bound=Streamable)
 
@@ -124,12 +124,7 @@ class Engine:
 
     async def open_async(self, prompt: str | Tensor, **settings: Any) -> Stream[Session]:
         """`open` for an event loop. Where it is cancelled, the stream that comes of it is closed."""
-        opening = asyncio.ensure_future(asyncio.to_thread(self.open, prompt, **settings))
-        try:
-            return await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            opening.add_done_callback(_close_unwanted)
-            raise
+        return await _unless_cancelled(asyncio.to_thread(self.open, prompt, **settings))
 
     def host(
         self,
@@ -168,6 +163,10 @@ class Engine:
 
         return self._worker.do(begin)
 
+    async def host_async(self, make: Callable[[], S], **settings: Any) -> Stream[S]:
+        """`host` for an event loop. Where it is cancelled, the stream that comes of it is closed."""
+        return await _unless_cancelled(asyncio.to_thread(lambda: self.host(make, **settings)))
+
     def measure(
         self,
         stream: StreamConfig | None = None,
@@ -188,6 +187,10 @@ class Engine:
         """How many streams with this demand the device's time is enough for; None where it sets no limit."""
         return self._scheduler.holds(demand)
 
+    def ping(self) -> None:
+        """Wait until the device's thread answers, which it does between two chunks. Raises ConfigError once closed."""
+        self._worker.do(lambda: None)
+
     def stats(self) -> EngineStats:
         """Everything counted, now."""
         with self._worker.lock:
@@ -197,7 +200,7 @@ class Engine:
                 utilisation=utilisation(demands),
                 load=load(demands),
                 capacity=self._scheduler.capacity,
-                free_bytes=free_bytes(self.runtime.device),
+                free_bytes=self.runtime.free_bytes(),
                 tally=self._scheduler.tally,
                 admitted=counts["admitted"],
                 refused=counts["refused"],
@@ -216,7 +219,7 @@ class Engine:
         self._sweep()
         with self._worker.lock:
             try:
-                self._scheduler.admit(demand, free_bytes(self.runtime.device))
+                self._scheduler.admit(demand, self.runtime.free_bytes())
             except AdmissionError:
                 self._counts["refused"] += 1
                 raise
@@ -232,7 +235,7 @@ class Engine:
                 if ready:
                     lane.release("not ready", now)
                 else:
-                    lane.hold("not ready")
+                    lane.hold("not ready", now)
             urgent = self._scheduler.pick(now)
             if urgent is not None:
                 return partial(self._make_chunk, self._places[urgent])
@@ -297,6 +300,15 @@ def _clear_frames(error: BaseException) -> None:
     while cause is not None:
         clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
+
+
+async def _unless_cancelled(work: Coroutine[Any, Any, Stream[S]]) -> Stream[S]:
+    opening = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(_close_unwanted)
+        raise
 
 
 def _close_unwanted(opening: asyncio.Future[Stream[Any]]) -> None:

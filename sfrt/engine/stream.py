@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Generic, Literal, Protocol, TypeVar
 
+from sfrt.chunk import Chunk
 from sfrt.engine.worker import Worker
 from sfrt.errors import ConfigError
 from sfrt.scheduler import Lane, Tally
-from sfrt.session import Chunk
 
 State = Literal["running", "paused", "ended", "failed", "closed"]
 
@@ -120,7 +120,7 @@ class Stream(Generic[S]):
     def pause(self) -> None:
         """Make no more chunks until `resume`. Those that are made can be taken; memory stays."""
         with self._worker.changes():
-            self._lane.hold("paused")
+            self._lane.hold("paused", time.monotonic())
 
     def resume(self) -> None:
         """Go on; the time in between is not counted as late."""
@@ -133,9 +133,9 @@ class Stream(Generic[S]):
             pass
 
     def clear(self) -> None:
-        """Let the chunks go that wait to be taken, as after a rewind."""
+        """Let the chunks go that wait to be taken, as after a rewind: the next one is shown as soon as it is there."""
         with self._worker.changes():
-            self._lane.clear()
+            self._lane.clear(time.monotonic())
 
     def close(self) -> None:
         """End the stream now: the chunk being made is given up, what waits is let go, iterating ends.
@@ -143,7 +143,7 @@ class Stream(Generic[S]):
         Never waits: the device's thread lets the session's memory go as soon as it can. Closing twice is fine.
         """
         with self._worker.changes():
-            self._lane.clear()
+            self._lane.clear(time.monotonic())
             if not self.over:
                 self.finish("closed")
                 self.session.cancel()

@@ -18,7 +18,7 @@ from starlette.websockets import WebSocket
 
 from sfrt.server.access import Access
 from sfrt.server.protocol import PATH
-from sfrt.server.service import Service
+from sfrt.server.service import Peers, Service
 from sfrt.server.viewer import Viewer
 
 _HEADERS = {
@@ -31,8 +31,11 @@ _HEADERS = {
 }
 
 
-def create_app(service: Service) -> Starlette:
-    """The application of a service; when it stops it lets the viewers go and closes the engine."""
+def create_app(service: Service, peers: Peers | None = None) -> Starlette:
+    """The application of a service; when it stops it lets the viewers go and closes the engine.
+
+    peers: the servers that share its address; None: it has the address for itself.
+    """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -56,13 +59,19 @@ def create_app(service: Service) -> Starlette:
     async def metrics(request: Request) -> Response:
         if not service.access.bearer(request.headers):
             return PlainTextResponse("the token is asked for: Authorization: Bearer …\n", 401)
-        return Response(service.telemetry.text(), media_type="text/plain; version=0.0.4")
+        text = service.telemetry.text() if peers is None else await peers.figures()
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     async def recording(request: Request) -> Response:
-        found = service.recordings.find(request.path_params["name"])
-        if found is None:
+        name = request.path_params["name"]
+        found = service.recordings.find(name)
+        if found is not None:
+            return FileResponse(found, media_type="video/mp4", filename=f"sfrt-{name}")
+        elsewhere = None if peers is None else await peers.recording(name)
+        if elsewhere is None:
             return PlainTextResponse("there is no such recording, or no more\n", 404)
-        return FileResponse(found, media_type="video/mp4", filename=f"sfrt-{found.name}")
+        saved_as = {"content-disposition": f'attachment; filename="sfrt-{name}"'}
+        return Response(elsewhere, media_type="video/mp4", headers=saved_as)
 
     page = str(files("sfrt.server") / "page")
     routes = [

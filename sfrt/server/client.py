@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING
 
 from sfrt.errors import ProtocolError
 from sfrt.server.protocol import (
+    CAMERA,
+    CLIP,
+    CLIP_PART,
     PICTURE,
     VERSION,
     Bye,
@@ -26,6 +29,7 @@ from sfrt.server.protocol import (
     FromClient,
     FromServer,
     Hello,
+    Wanted,
     Welcome,
     from_server,
     text_of,
@@ -49,6 +53,8 @@ class Client:
     def __init__(self, socket: ClientConnection, welcome: Welcome) -> None:
         """Made by `connect`."""
         self._socket = socket
+        self._camera = Wanted(0, 0)
+        self._filmed = 0
         self.welcome = welcome
         self.farewell: Bye | None = None
 
@@ -81,6 +87,25 @@ class Client:
         """A picture file that the next Start with picture=True begins from. Raises as `say`."""
         await self._send(Frame(PICTURE, data).pack())
 
+    async def send_clip(self, data: bytes) -> None:
+        """An MP4, MOV or WebM file that the next Start with source="clip" goes by. Raises as `say`."""
+        starts = range(0, max(len(data), 1), CLIP_PART)
+        for number, start in enumerate(starts):
+            part = data[start : start + CLIP_PART]
+            await self._send(Frame(CLIP, part, number == len(starts) - 1, number=number).pack())
+
+    async def send_camera(self, jpeg: bytes) -> bool:
+        """The camera's next frame, a JPEG of the model's size, for a stream with source="camera".
+
+        False, and it is not sent, while enough of them are on their way: show the next one when there is a next one.
+        What the server wants is heard where this is iterated. Raises as `say`.
+        """
+        if self._filmed >= self._camera.until:
+            return False
+        number, self._filmed = self._filmed, self._filmed + 1
+        await self._send(Frame(CAMERA, jpeg, stream=self._camera.stream, number=number).pack())
+        return True
+
     def __aiter__(self) -> AsyncIterator[FromServer | Frame]:
         return self._messages()
 
@@ -92,6 +117,10 @@ class Client:
                 heard = Frame.read(message) if isinstance(message, bytes) else from_server(message)
                 if isinstance(heard, Bye):
                     self.farewell = heard
+                elif isinstance(heard, Wanted):
+                    if heard.stream != self._camera.stream:
+                        self._filmed = 0
+                    self._camera = heard
                 yield heard
         except ConnectionClosedError as error:
             if self.farewell is None:

@@ -15,10 +15,13 @@ from sfrt.video.libraries import pyav
 
 if TYPE_CHECKING:
     from av.video.codeccontext import VideoCodecContext
+    from PIL.Image import Image as PilImage
 
 _X264 = {"preset": "veryfast", "tune": "zerolatency", "profile": "main", "crf": "19", "forced-idr": "1"}
 _KEY_SECONDS = 10
 """Key frames cost many times the others, and a viewer asks for one when it needs it."""
+_THUMBNAIL = 128
+"""Pixels of a thumbnail's longer side."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,24 @@ class JpegEncoder:
     def encode(self, frames: NDArray[np.uint8]) -> list[Picture]:
         from PIL import Image
 
-        pictures = []
-        for array in frames:
-            buffer = io.BytesIO()
-            # Colours at full resolution: small pictures with flat shapes show the difference.
-            Image.fromarray(array).save(buffer, "JPEG", quality=88, subsampling=0)
-            pictures.append(Picture(buffer.getvalue(), key=True))
-        return pictures
+        return [Picture(_jpeg(Image.fromarray(array)), key=True) for array in frames]
 
     def start_over(self) -> None:
         """Nothing to do: no picture needs another one."""
+
+
+def thumbnails(pictures: NDArray[np.uint8]) -> list[bytes]:
+    """JPEGs of uint8 pictures [N, H, W, 3], brought down to a few kilobytes each."""
+    from PIL import Image
+
+    small = [Image.fromarray(array) for array in pictures]
+    for image in small:
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return [_jpeg(image) for image in small]
+
+
+def _jpeg(image: PilImage) -> bytes:
+    """With colours at full resolution: small pictures with flat shapes show the difference."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88, subsampling=0)
+    return buffer.getvalue()

@@ -11,21 +11,25 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from sfrt.errors import ProtocolError
 from sfrt.server.limits import Allowance, Limits
-from sfrt.server.protocol import Bye, Frame, FromClient, FromServer, from_client, text_of
+from sfrt.server.protocol import CAMERA, Bye, Frame, FromClient, FromServer, from_client, text_of
 from sfrt.server.service import Farewell
 
 _GOODBYE_S = 2.0
 """How long the last words may take: whoever does not read them is gone."""
 _GOING_AWAY, _POLICY = 1001, 1008
+_CAMERA = bytes([CAMERA])
+"""In the second byte of a binary message."""
 
 
 class Line:
     """Both directions; several tasks may send, one listens."""
 
-    def __init__(self, socket: WebSocket, limits: Limits) -> None:
+    def __init__(self, socket: WebSocket, limits: Limits, fps: int) -> None:
+        """fps is how many of a camera's frames a stream goes through in a second."""
         self._socket = socket
         self._limits = limits
-        self._allowance = Allowance(limits.messages_per_s, 2 * limits.messages_per_s)
+        self._words = Allowance(limits.messages_per_s, 2 * limits.messages_per_s)
+        self._pictures = Allowance(1.5 * fps, 3 * fps)
         self.heard_at = time.monotonic()
 
     async def hear(self) -> FromClient | Frame:
@@ -33,13 +37,15 @@ class Line:
 
         One that talks too fast is listened to more slowly: its messages wait with it, not here.
         """
-        await asyncio.sleep(self._allowance.take())
         event = await self._socket.receive()
         if event["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(event.get("code", _GOING_AWAY))
         self.heard_at = time.monotonic()
         if (data := event.get("bytes")) is not None:
+            camera = data[1:2] == _CAMERA
+            await asyncio.sleep((self._pictures if camera else self._words).take())
             return Frame.read(data)
+        await asyncio.sleep(self._words.take())
         text: str = event["text"]
         if len(text) > self._limits.message_characters:
             raise ProtocolError(

@@ -3,25 +3,36 @@
 A client connects to /stream and says `hello` with the version, the server's token if it has one, and the codec it can
 show. The server answers with `welcome`, which tells the model and the limits. From then on:
 
-    client   start     a stream of a prompt and a seed; one that runs is ended. `picture`: from the picture sent before
+    client   start     a stream of a prompt and a seed; one that runs is ended. `picture`: from the picture sent before;
+                       `source`: by the camera's frames, or by the clip sent before (video to video)
              prompt    another prompt from the next chunk on; one that has not taken effect gives way to a later one
              pause, resume, stop
              rewind    back to a chunk that was sent, with the prompt of then
              record    keep what is delivered from now on as an mp4 on the server, or finish it
              keyframe  ask for a frame that can be shown without those before it
-             binary    a Frame of kind PICTURE: a picture file to start from
+             watch     ask for previews of the steps with every chunk, or for no more of them
+             keep      have the server keep where the stream stands
+             restore   a stream that goes on from what was kept; one that runs is ended
+             binary    Frames of kind PICTURE: a picture file; CLIP: part of an MP4, MOV or WebM file, numbered from 0,
+                       `key` on the last; CAMERA: a JPEG of the model's size, numbered from 0, with its stream's number
     server   started   the stream's number; every frame and chunk carries it, so that late ones can be told apart
              queued    a prompt switch was taken; its receipt comes with the `chunk` that it takes effect in
              chunk     figures of a chunk, just before its frames
              state     playing, paused or stopped, as of now
              rewound   the index of the next chunk
+             wanted    how many of the camera's frames may be sent in all; a later one is not read
+             kept      the name to restore by, and for how long it is good
              recording on, or off with the path to fetch the file from, or with the reason why it broke off
              error     what was refused, in one sentence; the connection and the stream go on
              bye       why the connection is closed, right before it is
-             binary    Frames of kind H264 (Annex B, one access unit each) or JPEG
+             binary    Frames of kind H264 (Annex B, one access unit each) or JPEG; PREVIEW: a JPEG of what a step took
+                       the chunk's last latent frame to be, numbered by step, before the chunk's own frames
 
 A message is one JSON object whose `kind` is one of these words; its other keys are the fields of the classes below, and
 those with a default may be left out. Unknown keys are refused. A Frame is HEADER, big-endian, and then its bytes.
+
+What is added keeps the version as long as a client that does not know it is never sent it unasked, and may leave it
+out. (The welcome's bounds have grown without a new version, as no release had been made of the first one.)
 """
 
 from __future__ import annotations
@@ -42,11 +53,15 @@ How = Literal["recache", "cross", "blend"]
 """As in sfrt.switching, which loads torch."""
 Playing = Literal["playing", "paused", "stopped"]
 Refusal = Literal["message", "prompt", "picture", "state", "stream"]
+"""What was refused; "picture" is whatever was sent to start from or to go by."""
+FootageKind = Literal["none", "camera", "clip"]
 Closing = Literal["token", "protocol", "full", "idle", "over", "slow", "shutdown", "failure"]
 
-H264, JPEG, PICTURE = 1, 2, 3
+H264, JPEG, PICTURE, CLIP, CAMERA, PREVIEW = 1, 2, 3, 4, 5, 6
 HEADER = struct.Struct(">BBBBII")
 """version, kind, key (1: decodes without frames before it), stream modulo 256, chunk, frame of the stream."""
+CLIP_PART = 256 * 1024
+"""Bytes of a clip that a client sends at once, so that what else it says need not wait for all of it."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +76,16 @@ class Hello:
 
 @dataclass(frozen=True)
 class Start:
-    """A new stream, in place of one that plays."""
+    """A new stream, in place of one that plays.
+
+    strength, above 0 and up to 1, is how far to change a source; it counts in steps of 0.05.
+    """
 
     prompt: str
     seed: int = 0
     picture: bool = False
+    source: FootageKind = "none"
+    strength: float = 0.6
     kind: Literal["start"] = "start"
 
 
@@ -124,6 +144,29 @@ class Keyframe:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """Ask for previews, or for no more."""
+
+    on: bool
+    kind: Literal["watch"] = "watch"
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Have the stream kept as it stands."""
+
+    kind: Literal["keep"] = "keep"
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Go on from what was kept under this name."""
+
+    name: str
+    kind: Literal["restore"] = "restore"
+
+
+@dataclass(frozen=True)
 class Model:
     """What streams. sigmas are the noise levels of a chunk's steps, first_sigmas those of the first chunk.
 
@@ -146,7 +189,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a client may ask for; seconds, bytes, characters, chunks. A length of 0 s is unlimited."""
+    """What a client may ask for; seconds, bytes, characters, chunks. A length of 0 s is unlimited.
+
+    snapshots is how many streams are kept for all clients together, the newest.
+    """
 
     prompt_characters: int
     picture_bytes: int
@@ -154,6 +200,8 @@ class Bounds:
     longest_s: float
     record_s: float
     rewind_chunks: int
+    clip_bytes: int
+    snapshots: int
 
 
 @dataclass(frozen=True)
@@ -174,6 +222,26 @@ class Started:
     prompt: str
     seed: int
     kind: Literal["started"] = "started"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Of the camera's frames for this stream, those numbered below `until` may be sent."""
+
+    stream: int
+    until: int
+    kind: Literal["wanted"] = "wanted"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A stream was kept just before `chunk` was made; the name is good for so many seconds, if not for less."""
+
+    name: str
+    prompt: str
+    chunk: int
+    seconds: float
+    kind: Literal["kept"] = "kept"
 
 
 @dataclass(frozen=True)
@@ -285,13 +353,13 @@ class Bye:
     kind: Literal["bye"] = "bye"
 
 
-FromClient = Hello | Start | Prompt | Pause | Resume | Stop | Rewind | Record | Keyframe
-FromServer = Welcome | Started | Queued | ChunkNews | State | Rewound | Recording | Refused | Bye
+FromClient = Hello | Start | Prompt | Pause | Resume | Stop | Rewind | Record | Keyframe | Watch | Keep | Restore
+FromServer = Welcome | Started | Wanted | Kept | Queued | ChunkNews | State | Rewound | Recording | Refused | Bye
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A binary message. A PICTURE has a kind and data, and its numbers are 0."""
+    """A binary message; numbers that its kind does not use are 0."""
 
     kind: int
     data: bytes
@@ -311,7 +379,7 @@ class Frame:
         if len(message) < HEADER.size:
             raise ProtocolError(f"a binary message of {len(message)} bytes is no frame; its header has {HEADER.size}")
         version, kind, key, stream, chunk, number = HEADER.unpack_from(message)
-        if version != VERSION or kind not in (H264, JPEG, PICTURE):
+        if version != VERSION or kind not in range(H264, PREVIEW + 1):
             raise ProtocolError(f"a frame of version {version} and kind {kind} is unknown; this is version {VERSION}")
         return cls(kind, message[HEADER.size :], bool(key), stream, chunk, number)
 

@@ -44,14 +44,14 @@ class Recordings:
     """The folder. What is one too many is deleted, the oldest first."""
 
     def __init__(self, folder: Path, most: int) -> None:
-        self._folder, self._most = folder, most
+        self.folder, self._most = folder, most
         self._finished: deque[str] = deque()
 
     def begin(self, *, width: int, height: int, fps: int, seconds: float) -> Recorder:
         """A new recording. Raises MediaError where there can be none."""
         if self._most == 0:
             raise MediaError("this server keeps no recordings; start it with --recordings of 1 or more")
-        path = self._folder / f"{secrets.token_urlsafe(12)}.mp4"
+        path = self.folder / f"{secrets.token_urlsafe(12)}.mp4"
         return Recorder(path, width=width, height=height, fps=fps, seconds=seconds)
 
     def keep(self, recorder: Recorder) -> str:
@@ -59,9 +59,9 @@ class Recordings:
         self._finished.append(recorder.path.name)
         while len(self._finished) > self._most:
             with suppress(OSError):
-                (self._folder / self._finished.popleft()).unlink()
+                (self.folder / self._finished.popleft()).unlink()
         return recorder.path.name
 
     def find(self, name: str) -> Path | None:
         """A finished recording's file; None for any other name."""
-        return self._folder / name if name in self._finished else None
+        return self.folder / name if name in self._finished else None

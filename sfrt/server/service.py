@@ -16,6 +16,7 @@ from sfrt.server.access import Access
 from sfrt.server.limits import Limits
 from sfrt.server.protocol import Bounds, Closing, Model
 from sfrt.server.recordings import Recordings
+from sfrt.server.snapshots import Snapshots
 from sfrt.server.telemetry import Telemetry
 from sfrt.timesteps import steps_of
 
@@ -38,6 +39,16 @@ class Viewer(Protocol):
         """Say goodbye and be gone; returns when that is done."""
 
 
+class Peers(Protocol):
+    """The servers behind one address, the one that asks among them."""
+
+    async def figures(self) -> bytes:
+        """What all of them count, in Prometheus' text format."""
+
+    async def recording(self, name: str) -> bytes | None:
+        """A recording that any of them keeps; None where there is none of this name."""
+
+
 @dataclass
 class Service:
     """Everything but the web around it. Made on one event loop's thread and used from it."""
@@ -54,6 +65,7 @@ class Service:
     def __post_init__(self) -> None:
         self.model = model_of(self.runtime)
         limits = self.limits
+        self.snapshots = Snapshots(self.recordings.folder, limits)
         self.bounds = Bounds(
             prompt_characters=limits.prompt_characters,
             picture_bytes=limits.picture_bytes,
@@ -61,10 +73,20 @@ class Service:
             longest_s=limits.longest_s,
             record_s=limits.record_s if limits.recordings else 0.0,
             rewind_chunks=limits.rewind_chunks,
+            clip_bytes=limits.clip_bytes,
+            snapshots=limits.snapshots,
         )
         self.telemetry.places.set(limits.sessions)
+        self.telemetry.free_places.set_function(lambda: self.free_places)
         self.telemetry.viewers.set_function(lambda: len(self.viewers))
         self.telemetry.load.set_function(lambda: self.engine.stats().load)
+        self.telemetry.waiting.set_function(lambda: sum(stream.queued for stream in self.engine.stats().streams))
+        self.telemetry.period.set(self.model.chunk_frames / self.model.fps)
+
+    @property
+    def free_places(self) -> int:
+        """How many more viewers would be let in now."""
+        return 0 if self.stopping else self.limits.sessions - len(self.viewers)
 
     @asynccontextmanager
     async def place(self, viewer: Viewer) -> AsyncIterator[None]:
@@ -89,6 +111,7 @@ class Service:
         self.stopping = True
         farewell = Farewell("shutdown", "the server is shutting down; what was recorded is kept until then")
         await asyncio.gather(*(viewer.dismiss(farewell) for viewer in tuple(self.viewers)), return_exceptions=True)
+        await asyncio.to_thread(self.snapshots.clear)
 
 
 def model_of(runtime: Runtime) -> Model:

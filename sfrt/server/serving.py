@@ -8,12 +8,14 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import current_thread, main_thread
+from types import FrameType
 
 import uvicorn
 
+from sfrt.bundle import Bundle, resolve_model
 from sfrt.engine import Engine
 from sfrt.errors import ConfigError
 from sfrt.runtime import Runtime
@@ -23,7 +25,7 @@ from sfrt.server.limits import Limits
 from sfrt.server.recordings import Recordings
 from sfrt.server.service import Service
 
-_GRACE_S = 10
+GRACE_S = 10
 """What is still open so long after the goodbye is cut off."""
 
 
@@ -55,23 +57,52 @@ class Address:
         return f"http://{name}:{port}/" + (f"#token={self.token}" if self.token else "")
 
 
+@dataclass(frozen=True)
+class ModelChoice:
+    """What to open, as `Runtime` takes it; fps: frames per second that are shown, None for the model's own."""
+
+    model: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    backend: str = "auto"
+    fps: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What the model calls itself. Raises BundleError where there is none."""
+        return Bundle.open(resolve_model(self.model), verify=False).manifest.name
+
+    def open(self) -> Runtime:
+        """Raises as `Runtime`."""
+        runtime = Runtime(self.model, device=self.device, dtype=self.dtype, backend=self.backend)
+        if self.fps is not None:
+            runtime.stream = replace(runtime.stream, fps=self.fps)
+        return runtime
+
+
 def serve(runtime: Runtime, address: Address, ready: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM; ready is told the page's address. Raises ConfigError where it cannot listen."""
+    with listen(address) as listening, open_service(runtime, address) as service:
+        Server(service).run_on(listening, lambda: ready(address.url(listening.getsockname()[1])))
+
+
+@contextmanager
+def open_service(runtime: Runtime, address: Address) -> Iterator[Service]:
+    """A service as it is to be at this address, with nobody listening there yet."""
     with ExitStack() as stack:
-        listening = stack.enter_context(listen(address))
         folder = address.recordings
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sfrt-recordings-")))
         engine = stack.enter_context(Engine(runtime))
-        engine.measure()  # so that the first viewer does not wait for it, and what cannot be streamed fails here
-        service = Service(
+        # So that the first viewer does not wait for it, and what cannot be streamed fails here.
+        engine.measure(history=address.limits.history)
+        yield Service(
             runtime,
             engine,
             address.limits,
             Access(address.token, address.origins, address.local),
             Recordings(folder, address.limits.recordings),
         )
-        Server(service).run_on(listening, lambda: ready(address.url(listening.getsockname()[1])))
 
 
 class Server(uvicorn.Server):
@@ -88,9 +119,8 @@ class Server(uvicorn.Server):
                 ws_per_message_deflate=False,  # pictures are compressed already
                 server_header=False,
                 proxy_headers=False,
-                timeout_graceful_shutdown=_GRACE_S,
-                # Beside the viewers: those who say hello, the page's files, and a probe.
-                limit_concurrency=4 * limits.sessions + 64,
+                timeout_graceful_shutdown=GRACE_S,
+                limit_concurrency=limits.requests,
             )
         )
         self._service = service
@@ -106,21 +136,28 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         with suppress(TimeoutError, asyncio.TimeoutError):
-            await asyncio.wait_for(self._service.goodbye(), _GRACE_S)
+            await asyncio.wait_for(self._service.goodbye(), GRACE_S)
         await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """SIGINT and SIGTERM end the server, and nothing else: there is still to be cleaned up behind it."""
-        if current_thread() is not main_thread():
+        with signals_go_to(self.handle_exit):
             yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+
+@contextmanager
+def signals_go_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM, for a while; only the main thread has signals, and in any other this does nothing."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def listen(address: Address) -> socket.socket:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 
+from sfrt.chunk import Chunk, Timings
 from sfrt.engine import Stream
-from sfrt.errors import MediaError, SnapshotError
+from sfrt.errors import MediaError, ProtocolError, SnapshotError
 from sfrt.machine import resident_memory
-from sfrt.server.encoding import Encoder, Picture
+from sfrt.server.beginning import Beginning
+from sfrt.server.encoding import Encoder, Picture, thumbnails
 from sfrt.server.line import Line
-from sfrt.server.protocol import ChunkNews, Frame, Recording, Slot, SwitchReceipt, Times
+from sfrt.server.pictures import camera_picture
+from sfrt.server.protocol import PREVIEW, ChunkNews, Frame, Kept, Recording, Slot, SwitchReceipt, Times, Wanted
 from sfrt.server.recordings import Recorder
 from sfrt.server.service import Service, device_bytes
-from sfrt.session import Chunk, Session, Timings
+from sfrt.session import Session
 from sfrt.switching import Receipt
 
 
@@ -23,18 +26,28 @@ class Show:
     no more of them than have room to wait.
     """
 
-    def __init__(self, number: int, stream: Stream[Session], encoder: Encoder, line: Line, service: Service) -> None:
+    def __init__(
+        self,
+        number: int,
+        stream: Stream[Session],
+        beginning: Beginning,
+        encoder: Encoder,
+        line: Line,
+        service: Service,
+    ) -> None:
         self.number = number
         self.stream = stream
+        self._beginning = beginning
         self._encoder = encoder
         self._line = line
         self._service = service
         self._recorder: Recorder | None = None
         self._playing = asyncio.Event()
         self._playing.set()
-        self._next: int | None = 0  # the index that is to be sent next; None: whatever comes
+        self._next: int | None = beginning.first  # the index that is to be sent next; None: whatever comes
         self._frames = 0
         self._late = 0
+        self._wanted = 0  # so many of the camera's frames
 
     @property
     def playing(self) -> bool:
@@ -43,6 +56,8 @@ class Show:
     async def run(self) -> None:
         """Deliver until the stream ends. Raises what it fails of, and what sending raises."""
         try:
+            if self._beginning.camera:
+                await self._want(0)
             async for chunk in self.stream:
                 pictures = await asyncio.to_thread(self._encoder.encode, chunk.frames)
                 await self._playing.wait()
@@ -52,7 +67,40 @@ class Show:
                 else:  # from before a rewind: the encoder has seen it, the viewer will not
                     self._encoder.start_over()
         finally:
-            self.stream.close()
+            self.close()
+
+    def close(self) -> None:
+        """End the stream, and what it goes by."""
+        self.stream.close()
+        if self._beginning.footage is not None:
+            self._beginning.footage.end()
+
+    async def film(self, frame: Frame) -> None:
+        """Go by one more of the camera's frames. Raises MediaError for one that is left out, ProtocolError."""
+        footage, model = self._beginning.footage, self._service.model
+        if footage is None or not self._beginning.camera or frame.stream != self.number % 2**8:
+            return  # it was on its way when its stream ended
+        if frame.number >= self._wanted:
+            raise ProtocolError(f"the camera's frame {frame.number} was not asked for yet; wait for `wanted`")
+        await self._want(frame.number + 1)
+        footage.offer(await asyncio.to_thread(camera_picture, frame.data, height=model.height, width=model.width))
+        if footage.ready():
+            self.stream.wake()
+
+    def watch(self, on: bool) -> None:
+        """Send previews of the steps, from a chunk on that is not made yet."""
+        self.stream.session.watched = on
+
+    async def keep(self) -> Kept:
+        """Keep the stream as it stands, between two chunks. Raises SnapshotError."""
+        service, least = self._service, self._service.runtime.memory().parts["ring"]
+
+        def keep(session: Session) -> str:
+            return service.snapshots.keep(session, self._beginning.seed, least)
+
+        name = await asyncio.to_thread(self.stream.call, keep)
+        kept = service.snapshots.find(name)
+        return Kept(name, kept.prompt, kept.chunk, service.limits.keep_s)
 
     def pause(self) -> None:
         """What is made already waits too."""
@@ -116,12 +164,22 @@ class Show:
     async def _send(self, chunk: Chunk, pictures: list[Picture]) -> None:
         self._next = chunk.index + 1
         await self._line.say(self._news(chunk))
+        previews = [] if chunk.previews is None else await asyncio.to_thread(thumbnails, chunk.previews)
+        for step, preview in enumerate(previews):
+            await self._line.send(Frame(PREVIEW, preview, True, self.number, chunk.index, step))
         for picture in pictures:
             await self._line.send(
                 Frame(self._encoder.kind, picture.data, picture.key, self.number, chunk.index, self._frames)
             )
             self._frames += 1
         self._count(chunk, sum(len(picture.data) for picture in pictures))
+
+    async def _want(self, seen: int) -> None:
+        """Keep the camera going: a chunk's frames may be on their way, and half of them are asked for at once."""
+        room = self._service.model.chunk_frames
+        if self._wanted - seen <= room // 2:
+            self._wanted = seen + room
+            await self._line.say(Wanted(self.number, self._wanted))
 
     async def _write(self, chunk: Chunk) -> None:
         """Into the recording, if there is one; where that fails the stream goes on without it."""

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import unicodedata
 from collections.abc import Coroutine
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
-from torch import Tensor
 
-from sfrt.engine import Stream
 from sfrt.errors import AdmissionError, ConfigError, MediaError, PromptError, ProtocolError, SfrtError
+from sfrt.server.beginning import beginning_of
 from sfrt.server.encoding import encoder_for
 from sfrt.server.line import Line
-from sfrt.server.pictures import pixels_of
 from sfrt.server.protocol import (
+    CAMERA,
+    CLIP,
     PICTURE,
     VERSION,
     Frame,
     FromClient,
     Hello,
+    Keep,
     Keyframe,
     Pause,
     Prompt,
@@ -29,6 +31,7 @@ from sfrt.server.protocol import (
     Record,
     Refusal,
     Refused,
+    Restore,
     Resume,
     Rewind,
     Rewound,
@@ -36,15 +39,18 @@ from sfrt.server.protocol import (
     Started,
     State,
     Stop,
+    Watch,
     Welcome,
 )
 from sfrt.server.service import Farewell, Service
 from sfrt.server.show import Show
-from sfrt.session import Session
+from sfrt.server.uploads import Uploads
 from sfrt.text import clean_prompt
 
 _LOOK_S = 0.25
 """How often the time limits are looked at."""
+_FOLDERS = re.compile(r"(?<!\S)/\S*/")
+"""Of the server's files viewers are told the names alone."""
 
 
 class Viewer:
@@ -53,9 +59,10 @@ class Viewer:
     def __init__(self, socket: WebSocket, service: Service) -> None:
         self._service = service
         self._limits = service.limits
-        self._line = Line(socket, service.limits)
+        self._line = Line(socket, service.limits, service.model.fps)
         self._codec = Hello(VERSION).codec
-        self._picture: bytes | None = None
+        self._uploads = Uploads(service.limits)
+        self._watching = False
         self._show: Show | None = None
         self._shows: asyncio.Queue[Show] = asyncio.Queue()
         self._number = 0
@@ -106,25 +113,33 @@ class Viewer:
             try:
                 message = await self._line.hear()
                 if isinstance(message, Frame):
-                    self._keep(message)
+                    await self._receive(message)
                 else:
                     await self._do(message)
             except SfrtError as error:
                 await self._refuse(_about(error), error)
 
-    def _keep(self, frame: Frame) -> None:
-        if frame.kind != PICTURE:
-            raise ProtocolError("a client sends frames of kind 3 (picture) only")
-        if len(frame.data) > self._limits.picture_bytes:
-            raise MediaError(f"the picture has {len(frame.data)} bytes; send one of up to {self._limits.picture_bytes}")
-        self._picture = frame.data
+    async def _receive(self, frame: Frame) -> None:
+        """Raises MediaError for what is left out, ProtocolError for what is not a client's to send."""
+        if frame.kind == CAMERA:
+            if self._show is not None:
+                await self._show.film(frame)
+        elif frame.kind in (PICTURE, CLIP):
+            await asyncio.to_thread(self._uploads.take, frame)
+        else:
+            raise ProtocolError("a client sends frames of the kinds 3 (picture), 4 (clip) and 5 (camera) only")
 
     async def _do(self, message: FromClient) -> None:
         """Raises SfrtError for what cannot be done; then nothing has changed."""
         if isinstance(message, Hello):
             raise ProtocolError("hello was said already")
-        if isinstance(message, Start):
+        if isinstance(message, Start | Restore):
             await self._start(message)
+            return
+        if isinstance(message, Watch):
+            self._watching = message.on
+            if self._show is not None:
+                self._show.watch(message.on)
             return
         show = self._show
         if show is None:
@@ -150,53 +165,44 @@ class Viewer:
                 await show.record()
             else:
                 await self._line.say(await show.finish_recording())
+        elif isinstance(message, Keep):
+            await self._line.say(await show.keep())
         elif isinstance(message, Keyframe):
             show.refresh_picture()
 
-    async def _start(self, message: Start) -> None:
-        self._check_prompt(message.prompt)
-        pixels = None
+    async def _start(self, message: Start | Restore) -> None:
+        if isinstance(message, Start):
+            self._check_prompt(message.prompt)
         model = self._service.model
-        if message.picture:
-            if self._picture is None:
-                raise MediaError("no picture was sent to start from; send it as a binary message before start")
-            pixels = await asyncio.to_thread(pixels_of, self._picture, height=model.height, width=model.width)
+        beginning = await asyncio.to_thread(beginning_of, message, self._service, self._uploads)
         encoder = encoder_for(self._codec, width=model.width, height=model.height, fps=model.fps)
         await self._stop()
-        stream = await self._opened(message, pixels)
-        self._number += 1
-        self._show = Show(self._number, stream, encoder, self._line, self._service)
-        await self._line.say(Started(self._number, message.prompt, message.seed))
-        self._shows.put_nowait(self._show)
-
-    async def _opened(self, message: Start, pixels: Tensor | None) -> Stream[Session]:
-        """Raises SfrtError, with nothing playing any more."""
         try:
-            return await self._service.engine.open_async(
-                message.prompt,
-                queue=self._limits.ahead,
-                seed=message.seed,
-                initial=pixels,
-                history=self._limits.rewind_chunks + self._limits.ahead + 2,
-            )
+            stream = await beginning.open()
         except SfrtError:
             await self._line.say(State("stopped"))
             raise
+        self._number += 1
+        self._show = Show(self._number, stream, beginning, encoder, self._line, self._service)
+        self._show.watch(self._watching)
+        await self._line.say(Started(self._number, beginning.prompt, beginning.seed))
+        self._shows.put_nowait(self._show)
 
     async def _stop(self) -> None:
         """End what plays; a recording of it is complete then."""
         show, self._show = self._show, None
         if show is not None:
-            show.stream.close()
+            show.close()
             recording = await show.finish_recording()
             if recording.path is not None or recording.reason is not None:
                 await self._line.say(recording)
 
     async def _tidy_up(self) -> None:
         """Leave nothing behind, whatever broke off."""
+        self._uploads.close()
         show, self._show = self._show, None
         if show is not None:
-            show.stream.close()
+            show.close()
             await show.finish_recording()
 
     async def _deliver(self) -> None:
@@ -231,6 +237,7 @@ class Viewer:
         self._service.telemetry.refused.labels(about).inc()
         known = isinstance(error, SfrtError)
         message = str(error) if known else f"the stream failed ({type(error).__name__}); start it again"
+        message = _FOLDERS.sub("", message)
         await self._line.say(Refused(about, message))
 
     def _check_prompt(self, prompt: str) -> None:

@@ -35,18 +35,23 @@ def read_frames(
 
 
 def stream_frames(
-    path: str | os.PathLike[str], *, height: int, width: int, fps: int = 16
+    path: str | os.PathLike[str], *, height: int, width: int, fps: int = 16, foreign: bool = False
 ) -> Iterator[NDArray[np.uint8]]:
     """A picture (one frame) or a clip, brought to the stream's rate, cut around its centre and resized to fit.
 
     A picture that moves (WebP, APNG) is a clip. Gives uint8 [height, width, 3], each decoded when it is asked for; only
     the first one at once, so that a file that is missing, damaged or no picture at all raises MediaError here. Damage
     further on does so on the way.
+
+    A foreign file, which came from somebody else, is read only as what phones and browsers film (MP4, MOV, WebM): other
+    formats name further files and machines to read from. Its pictures may have up to 4096 × 2304 pixels.
     """
     path = Path(path)
     if not path.is_file():
         raise MediaError(f"cannot read {path}: there is no such file")
-    frames = _clip(path, height, width, fps) if _is_clip(path) else _pictures(path, height, width, fps)
+    frames = (
+        _clip(path, height, width, fps, foreign) if foreign or _is_clip(path) else _pictures(path, height, width, fps)
+    )
     return chain((next(frames),), frames)
 
 
@@ -99,14 +104,17 @@ def _shown(image: ImageFile, fps: int) -> Iterator[ImageFile]:
             shown += 1
 
 
-def _clip(path: Path, height: int, width: int, fps: int) -> Iterator[NDArray[np.uint8]]:
+def _clip(path: Path, height: int, width: int, fps: int, foreign: bool) -> Iterator[NDArray[np.uint8]]:
     """Each [height, width, 3], at least one."""
     av = pyav(str(path))
     some = False
     try:
-        with av.open(os.path.abspath(path)) as container:  # in full: 12:30.mp4 would be taken for a protocol
+        # The path in full: 12:30.mp4 would be taken for a protocol.
+        with av.open(os.path.abspath(path), options=_FOREIGN if foreign else {}) as container:
             if not container.streams.video:
                 raise MediaError(f"cannot read {path}: there is no picture in it")
+            if foreign:
+                container.streams.video[0].codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
             for frame in _fitted(container, height, width, fps):
                 some = True
                 yield np.asarray(frame.to_ndarray(), dtype=np.uint8)
@@ -141,6 +149,10 @@ def _fitted(container: InputContainer, height: int, width: int, fps: int) -> Ite
         graph.vpush(None)
         yield from pull(graph)
 
+
+_FOREIGN = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm", "protocol_whitelist": "file"}
+"""FFmpeg's own settings for a file that may be made to do harm."""
+_MOST_PIXELS = 4096 * 2304
 
 _UPRIGHT = {
     90: (("transpose", "cclock"),),

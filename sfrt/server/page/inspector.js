@@ -28,6 +28,8 @@ export class Inspector {
   constructor(model) {
     this.model = model;
     this.past = [];
+    this.previews = new Map(); // JPEGs by chunk
+    this.strength = null; // of video to video
     by("parts").replaceChildren(
       ...PARTS.map((part) => Object.assign(document.createElement("li"), { className: part, textContent: part })),
     );
@@ -41,7 +43,8 @@ export class Inspector {
   show(news) {
     this.past = [...this.past, news].slice(-KEPT);
     this.#ring(news.slots, news.index);
-    this.#steps(news.index === 0 ? this.model.first_sigmas : this.model.sigmas, news.times.denoise);
+    this.#steps(this.#levels(news.index === 0 ? this.model.first_sigmas : this.model.sigmas), news.times.denoise);
+    this.#show_previews(news.index);
     this.#latency();
     by("attained").textContent = `${(100 * news.attained).toFixed(news.attained < 1 ? 1 : 0)} %`;
     by("headroom").textContent = `${(news.deadline_ms / news.chunk_ms).toFixed(1)} ×`;
@@ -51,6 +54,30 @@ export class Inspector {
 
   forget() {
     this.past = [];
+    this.previews.clear();
+    by("previews").replaceChildren();
+  }
+
+  /** What a step made, of a chunk that is not on the screen yet. */
+  preview({ chunk, number, data }) {
+    const steps = this.previews.get(chunk) ?? [];
+    steps[number] = data;
+    this.previews.set(chunk, steps);
+  }
+
+  async #show_previews(index) {
+    const steps = this.previews.get(index) ?? [];
+    for (const chunk of this.previews.keys()) if (chunk <= index) this.previews.delete(chunk);
+    const images = await Promise.all(steps.map((data) => createImageBitmap(new Blob([data], { type: "image/jpeg" }))));
+    by("previews").replaceChildren(
+      ...images.map((image, step) => {
+        const { width, height } = image;
+        const canvas = Object.assign(document.createElement("canvas"), { width, height, title: `after step ${step + 1}` });
+        canvas.getContext("2d").drawImage(image, 0, 0);
+        image.close();
+        return canvas;
+      }),
+    );
   }
 
   #ring(slots, index) {
@@ -74,6 +101,11 @@ export class Inspector {
     draw(svg, "text", { y: 34, class: "small faint" }, `${seen.length} of ${slots.length} in view`);
     const writing = slots.flatMap(({ written }, slot) => (written ? [slot] : []));
     svg.setAttribute("aria-label", `Ring: ${seen.length} of ${slots.length} slots hold frames; written: slots ${writing.join(", ")}`);
+  }
+
+  /** A source starts at its strength, and the steps above that are not run. */
+  #levels(sigmas) {
+    return this.strength === null ? sigmas : [this.strength, ...sigmas.filter((sigma) => sigma < this.strength - 1e-6)];
   }
 
   #steps(sigmas, ms) {

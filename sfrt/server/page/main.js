@@ -1,5 +1,6 @@
 // The page: what the viewer does goes out, what the server says comes in.
 
+import { Camera, cameraAllowed } from "./camera.js";
 import { Inspector } from "./inspector.js";
 import { Player } from "./player.js";
 import { Wire, bestCodec } from "./wire.js";
@@ -26,6 +27,11 @@ let playing = "stopped";
 let recording = false;
 let hidden = false; // paused because nobody could see it
 let farewell = null;
+let source = "none"; // what the streams go by: "none", "camera" or "clip"
+let camera = null;
+let clip = null; // { file, sent }
+let watching = false; // whether the steps can be seen
+let restoring = false;
 const news = new Map(); // of chunks that are not on the screen yet
 const rate = { bytes: 0, at: performance.now() };
 
@@ -39,7 +45,7 @@ async function connect() {
     token,
     codec,
     heard: (message) => mine === wire && hear[message.kind]?.(message, codec),
-    frame: (frame) => mine === wire && frame.stream === stream % 256 && player?.push(frame),
+    frame: (frame) => mine === wire && frame.stream === stream % 256 && arrived(frame),
     gone: () => mine === wire && gone(),
   });
   wire = mine;
@@ -59,10 +65,16 @@ const hear = {
     player = new Player(by("canvas"), { ...model, shown, lost: () => wire.say("keyframe") });
     inspector = new Inspector(model);
     link("live", codec === "h264" ? "H.264" : "JPEG");
+    by("keep").hidden = bounds.snapshots === 0;
+    if (clip) clip.sent = false;
+    if (watching) wire.say("watch", { on: true });
     start();
   },
   started(message) {
     stream = message.stream;
+    inspector.strength = source === "none" ? null : strength();
+    if (restoring) Object.assign(by("prompt"), { value: message.prompt }), (by("seed").value = message.seed);
+    restoring = false;
     news.clear();
     player.clear();
     inspector.forget();
@@ -70,11 +82,16 @@ const hear = {
     say("");
     now("playing");
   },
+  wanted: (message) => camera?.wanted(message),
+  kept: (message) => by("kept").prepend(moment(message)),
   queued: () => say("queued …"),
   chunk(message) {
     news.set(message.index, message);
   },
-  state: ({ playing }) => now(playing),
+  state({ playing }) {
+    now(playing);
+    if (playing === "stopped" && source === "clip" && by("notice").hidden) notice("The clip has ended.", "Play it again", start);
+  },
   rewound({ chunk }) {
     news.clear();
     player.clear();
@@ -88,6 +105,7 @@ const hear = {
     else if (reason) receipt("not recorded", reason);
   },
   error: ({ about, message }) => {
+    restoring = false;
     say(about === "prompt" || about === "message" ? message : "");
     if (about === "stream") notice(message);
     else toast(message);
@@ -107,14 +125,84 @@ function gone() {
 
 // What the viewer does
 
+function arrived(frame) {
+  if (frame.codec === "preview") inspector?.preview(frame);
+  else player?.push(frame);
+}
+
 function seed() {
   return Number.parseInt(by("seed").value, 10) || 0;
 }
 
-async function start(file = null) {
+function strength() {
+  return Number(by("strength").value);
+}
+
+async function start(picture = null) {
   notice(null);
-  if (file) await wire.picture(file);
-  wire.say("start", { prompt: by("prompt").value, seed: seed(), picture: file !== null });
+  const mine = wire;
+  if (picture) await mine.picture(picture);
+  if (source === "clip" && !clip.sent) {
+    const { file } = clip;
+    await mine.clip(file, (part) => say(`sending the clip … ${Math.round(100 * part)} %`));
+    if (clip?.file !== file) return; // another one was chosen meanwhile
+    clip.sent = true;
+    say("");
+  }
+  const by_source = source === "none" ? {} : { source, strength: strength() };
+  mine.say("start", { prompt: by("prompt").value, seed: seed(), picture: picture !== null, ...by_source });
+}
+
+/** Let the streams go by nothing, the camera or a clip from now on. */
+function go_by(what) {
+  if (what !== "camera") camera?.close(), (camera = null);
+  if (what !== "clip") clip = null;
+  source = what;
+  by("words").setAttribute("aria-pressed", what === "none");
+  by("camera").setAttribute("aria-pressed", what === "camera");
+  by("clip-label").dataset.on = what === "clip";
+  by("strength-label").hidden = what === "none";
+  by("self").hidden = what !== "camera";
+  by("back").disabled = by("keep").disabled = what !== "none"; // a source's frames cannot be had again
+}
+
+async function film() {
+  const { model } = welcome;
+  const send = (...shot) => wire.camera(...shot);
+  const opened = new Camera(by("self"), { ...model, send, unsent: () => wire.unsent });
+  try {
+    await opened.open();
+  } catch (error) {
+    opened.close();
+    return toast(`The camera cannot be used (${error.name}); choose a clip instead.`);
+  }
+  camera?.close();
+  camera = opened;
+  go_by("camera");
+  start();
+}
+
+/** A file of the viewer's: a picture to begin from, or a clip to go by. */
+function take(file) {
+  if (!file) return;
+  const is_clip = file.type.startsWith("video/");
+  if (file.size > (is_clip ? welcome.bounds.clip_bytes : welcome.bounds.picture_bytes))
+    return toast(`That ${is_clip ? "clip" : "picture"} is too large.`);
+  clip = is_clip ? { file, sent: false } : null;
+  go_by(is_clip ? "clip" : "none");
+  start(is_clip ? null : file);
+}
+
+/** A button that goes back to a moment that was kept. */
+function moment({ name, prompt, chunk, seconds }) {
+  const button = Object.assign(document.createElement("button"), { type: "button", title: `Kept for ${Math.round(seconds / 60)} minutes` });
+  button.append(Object.assign(document.createElement("b"), { textContent: `chunk ${chunk}` }), prompt);
+  button.addEventListener("click", () => {
+    go_by("none");
+    restoring = true;
+    wire.say("restore", { name });
+  });
+  return button;
 }
 
 function submit() {
@@ -133,7 +221,7 @@ function toggle() {
 }
 
 function back() {
-  if (playing === "stopped") return;
+  if (playing === "stopped" || by("back").disabled) return;
   wire.say("rewind", { chunk: Math.max(0, onscreen - BACK) });
   if (playing === "paused") wire.say("resume");
 }
@@ -148,6 +236,9 @@ const acts = {
   back,
   dice,
   again: () => start(),
+  keep: () => playing !== "stopped" && !by("keep").disabled && wire.say("keep"),
+  words: () => (go_by("none"), start()),
+  camera: () => (source === "camera" ? (go_by("none"), start()) : film()),
   record: () => playing !== "stopped" && wire.say("record", { on: !recording }),
   theme() {
     const root = document.documentElement;
@@ -164,19 +255,20 @@ by("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Escape") event.target.blur();
 });
 by("seed").addEventListener("change", () => start());
-by("picture").addEventListener("change", ({ target }) => {
-  const [file] = target.files;
-  target.value = "";
-  if (!file) return;
-  if (file.size > welcome.bounds.picture_bytes) return toast("That picture is too large.");
-  start(file);
-});
+for (const id of ["picture", "clip", "film"])
+  by(id).addEventListener("change", ({ target }) => {
+    const [file] = target.files;
+    target.value = "";
+    take(file);
+  });
+by("strength").addEventListener("input", () => (by("strength-shown").value = strength().toFixed(2)));
+by("strength").addEventListener("change", () => start());
 by("ask").addEventListener("close", () => {
   location.hash = `token=${encodeURIComponent(by("token").value)}`;
   connect();
 });
 
-const keys = { " ": "play", ArrowLeft: "back", r: "record", n: "dice", d: "theme" };
+const keys = { " ": "play", ArrowLeft: "back", r: "record", k: "keep", n: "dice", d: "theme" };
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select, dialog")) return;
   if (event.key === "/") return event.preventDefault(), by("prompt").select();
@@ -211,6 +303,7 @@ function now(state) {
   document.body.dataset.playing = state;
   by("play").setAttribute("aria-label", state === "playing" ? "Pause" : "Play");
   if (player) player.paused = state === "paused";
+  if (camera) camera.paused = state === "paused";
 }
 
 function receipt(title, detail, body = "") {
@@ -260,6 +353,11 @@ function link(state, text) {
   by("link").lastElementChild.textContent = text;
 }
 
+new IntersectionObserver(([seen]) => {
+  watching = seen.isIntersecting;
+  wire?.say("watch", { on: watching });
+}).observe(by("steps-panel"));
+
 setInterval(() => {
   if (!wire || !player) return;
   const now = performance.now();
@@ -269,6 +367,8 @@ setInterval(() => {
   by("buffered").textContent = `${player.buffered.toFixed(1)} s`;
 }, 1000);
 
+by("camera").hidden = !cameraAllowed();
+by("film-label").hidden = cameraAllowed();
 const theme = localStorage.getItem("theme");
 if (theme) document.documentElement.dataset.theme = theme;
 connect();

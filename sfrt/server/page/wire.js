@@ -2,7 +2,9 @@
 
 export const VERSION = 1;
 const HEADER = 12;
-const H264 = 1, JPEG = 2, PICTURE = 3;
+const H264 = 1, JPEG = 2, PICTURE = 3, CLIP = 4, CAMERA = 5, PREVIEW = 6;
+const CODECS = { [H264]: "h264", [JPEG]: "jpeg", [PREVIEW]: "preview" };
+const CLIP_PART = 262144;
 
 /** One connection. `heard(message)` gets every JSON message, `frame(frame)` every picture, `gone()` the end. */
 export class Wire {
@@ -18,7 +20,7 @@ export class Wire {
       this.bytes += data.byteLength;
       const head = new DataView(data);
       frame({
-        codec: head.getUint8(1) === JPEG ? "jpeg" : "h264",
+        codec: CODECS[head.getUint8(1)],
         key: head.getUint8(2) === 1,
         stream: head.getUint8(3),
         chunk: head.getUint32(4),
@@ -29,14 +31,45 @@ export class Wire {
   }
 
   say(kind, fields = {}) {
-    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify({ kind, ...fields }));
+    if (this.open) this.socket.send(JSON.stringify({ kind, ...fields }));
   }
 
   /** The picture that the next `start` begins from. */
   async picture(file) {
-    const header = new Uint8Array(HEADER);
-    header.set([VERSION, PICTURE, 1]);
-    this.socket.send(await new Blob([header, file]).arrayBuffer());
+    this.#send(PICTURE, await file.arrayBuffer());
+  }
+
+  /** The clip that the next `start` goes by; `told(part)` hears how much of it has been sent, from 0 to 1. */
+  async clip(file, told) {
+    const parts = Math.max(1, Math.ceil(file.size / CLIP_PART));
+    for (let number = 0; number < parts && this.open; number++) {
+      const part = file.slice(number * CLIP_PART, (number + 1) * CLIP_PART);
+      this.#send(CLIP, await part.arrayBuffer(), { key: number === parts - 1, number });
+      while (this.open && this.unsent > CLIP_PART) await new Promise((done) => setTimeout(done, 20));
+      told((number + 1) / parts);
+    }
+  }
+
+  /** One of the camera's pictures. */
+  camera(jpeg, stream, number) {
+    if (this.open) this.#send(CAMERA, jpeg, { stream, number });
+  }
+
+  get open() {
+    return this.socket.readyState === WebSocket.OPEN;
+  }
+
+  /** Bytes that wait to be sent. */
+  get unsent() {
+    return this.socket.bufferedAmount;
+  }
+
+  #send(kind, data, { key = true, stream = 0, number = 0 } = {}) {
+    const message = new Uint8Array(HEADER + data.byteLength);
+    message.set([VERSION, kind, key ? 1 : 0, stream % 256]);
+    new DataView(message.buffer).setUint32(8, number);
+    message.set(new Uint8Array(data), HEADER);
+    this.socket.send(message);
   }
 
   close() {
