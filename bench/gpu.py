@@ -71,6 +71,7 @@ def stages(out: Path) -> list[Stage]:
     python = sys.executable
     parallel = ("-n", "8") if _has("xdist") else ()
     measured = (python, "-m", "bench.reference", "--device", "cuda")
+    eight_bits = (python, "-m", "bench.float8", "--device", "cuda", "--random", "1.3b", "--seeds", "1")
     # Only the files that ask for a GPU: others import what a bare machine does not have.
     tests = [str(file) for file in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in file.read_text("utf-8")]
     return [
@@ -83,6 +84,7 @@ def stages(out: Path) -> list[Stage]:
         Stage("ops", (python, "-m", "bench.ops", "--json", str(out / "ops.json"), "--compile-seconds", "60"), 200),
         Stage("taehv", (*measured, "--decoder", "taehv", "--json", str(out / "taehv.json")), 150),
         Stage("wan", (*measured, "--decoder", "wan_vae", "--seconds", "20", "--json", str(out / "wan.json")), 120),
+        Stage("float8", (*eight_bits, "--json", str(out / "float8.json")), 90),
     ]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import settings
 
 from tests.command_line import Outcome, Run
 from tests.native import CSRC, build_library
+from tests.waiting import wait_until
 
 if not torch.cuda.is_available():
     # Before the first import of Triton, which reads it then: kernels are interpreted where they cannot be compiled.
@@ -111,6 +113,47 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.add_tokenizer(folder / "tokenizer.json")
         writer.finish(manifest)
     return folder / "tiny"
+
+
+@pytest.fixture(scope="module")
+def runtime(tiny_bundle: Path) -> Any:
+    """The tiny model's Runtime; a file that needs another has a fixture of its own."""
+    from sfrt import Runtime
+
+    return Runtime(tiny_bundle, device="cpu", backend="torch")
+
+
+@pytest.fixture
+def engine(runtime: Any) -> Iterator[Any]:
+    """One of the tiny model, or of the file's own; it lets everyone in, as a busy machine would refuse some."""
+    from sfrt.engine import Engine
+
+    with Engine(runtime, capacity=inf) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def quick_runtime() -> Any:
+    """The built-in model, played so fast that tests need not wait for it."""
+    from tests.servers import runtime_at
+
+    return runtime_at(fps=32)
+
+
+@pytest.fixture(scope="module")
+def running(quick_runtime: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server of it, with small limits."""
+    from tests.servers import SMALL, serving
+
+    with serving(quick_runtime, tmp_path_factory.mktemp("recordings"), SMALL) as running:
+        yield running
+
+
+@pytest.fixture
+def server(running: Any) -> Iterator[Any]:
+    """The same, empty again after each test, whatever the test did to it."""
+    yield running
+    wait_until(running.is_empty)
 
 
 @pytest.fixture(scope="session", params=["tiny on torch", "built-in on torch", "built-in on onnx"])

@@ -6,12 +6,12 @@ import asyncio
 import io
 import json
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,21 +32,25 @@ RED = "a red circle moving left on a white background"
 BLUE = "a blue square bouncing on a black background"
 WAIT_S = 30.0
 
-SMALL = Limits(sessions=3, record_s=1.0, prompt_characters=500, picture_bytes=200_000)
+SMALL = Limits(
+    sessions=3, record_s=1.0, prompt_characters=500, picture_bytes=200_000, clip_bytes=300_000, rewind_chunks=4
+)
+"""Few chunks to be taken back by: as many are made first, to measure what a stream costs."""
 
 T = TypeVar("T", bound=FromServer | Frame)
 
 
-def quick_runtime(fps: int = 32) -> Runtime:
-    """The built-in model, played so fast that tests need not wait for it."""
+def runtime_at(fps: int) -> Runtime:
+    """The built-in model, played at a rate of the test's own."""
     runtime = Runtime(device="cpu")
     runtime.stream = replace(runtime.stream, fps=fps)
     return runtime
 
 
 @dataclass(frozen=True)
-class Running:
-    service: Service
+class Site:
+    """A server as its visitors see it."""
+
     host: str
 
     @property
@@ -61,10 +65,6 @@ class Running:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
-
-    def is_empty(self) -> bool:
-        """Whether nobody is there, and nothing of those who were."""
-        return not self.service.viewers and not self.service.engine.stats().streams
 
     def health(self) -> dict[str, Any]:
         _, body = self.get("healthz")
@@ -83,6 +83,17 @@ class Running:
             await viewer.client.say(Start(prompt, seed=3))
             await viewer.next(Frame)
             yield viewer
+
+
+@dataclass(frozen=True)
+class Running(Site):
+    """A server of this process."""
+
+    service: Service
+
+    def is_empty(self) -> bool:
+        """Whether nobody is there, and nothing of those who were."""
+        return not self.service.viewers and not self.service.engine.stats().streams
 
 
 class Listener:
@@ -115,7 +126,7 @@ def serving(
     runtime: Runtime, folder: Path, limits: Limits | None = None, access: Access | None = None
 ) -> Iterator[Running]:
     """A server, until the end of the block; then it is stopped as a signal would stop it."""
-    with Engine(runtime, capacity=1.0) as engine, listen(Address(port=0)) as listening:
+    with Engine(runtime, capacity=inf) as engine, listen(Address(port=0)) as listening:
         service = Service(
             runtime, engine, limits or Limits(), access or Access(), Recordings(folder, (limits or Limits()).recordings)
         )
@@ -124,7 +135,7 @@ def serving(
         thread.start()
         try:
             assert started.wait(WAIT_S)
-            yield Running(service, f"127.0.0.1:{listening.getsockname()[1]}")
+            yield Running(f"127.0.0.1:{listening.getsockname()[1]}", service)
         finally:
             server.should_exit = True
             thread.join(WAIT_S)
@@ -133,13 +144,6 @@ def serving(
 
 def finish(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(test, 120))
-
-
-def wait_until(happened: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def mean_colour(frame: Frame) -> list[float]:

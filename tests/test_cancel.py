@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,27 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from sfrt import Cancelled, Chunk, Runtime, Session
+from tests.streams import same, take
 
 PROMPT, OTHER = "a red circle moving left", "a blue square moving left"
-
-
-@pytest.fixture(scope="module")
-def runtime(tiny_bundle: Path) -> Runtime:
-    return Runtime(tiny_bundle, device="cpu", backend="torch")
-
-
-def take(session: Session, chunks: int) -> list[Chunk]:
-    return list(itertools.islice(session, chunks))
-
-
-def same(ours: list[Chunk], theirs: list[Chunk]) -> bool:
-    """The very bytes of the same chunks."""
-    pairs = list(zip(ours, theirs, strict=True))
-    assert [one.index for one, _ in pairs] == [other.index for _, other in pairs]
-    return all(torch.equal(a.latents, b.latents) and np.array_equal(a.frames, b.frames) for a, b in pairs)
 
 
 @dataclass

@@ -88,7 +88,7 @@ def test_settings_that_cannot_be(run: Run, tmp_path: Path, tiny_bundle: Path, ch
         (["--frames", "0"], "a stream of 0 latent frames is none"),
         (["--dtype", "int3"], "dtype 'int3' is not one of"),
         (["--dtype", "float16"], "has graphs in float32 only; export the checkpoint again with --onnx"),
-        (["--heads", "2"], "is a bundle: give --quantize with -o DIR, or --tensorrt"),
+        (["--heads", "2"], "is a bundle: give --quantize or --quantize-text with -o DIR, --tensorrt or --kernels"),
         (["--force"], "--force says nothing without --quantize"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

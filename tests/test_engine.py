@@ -1,4 +1,4 @@
-"""Several real sessions on one device: each its own video, its own errors, its own reader."""
+"""Several real sessions on one device: each its own video and its own reader, as many as there is room for."""
 
 from __future__ import annotations
 
@@ -8,94 +8,20 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator
 from math import inf
 from pathlib import Path
-from traceback import walk_tb
 from typing import Any
 
 import numpy as np
 import pytest
 
-import sfrt.engine.engine
 from sfrt import AdmissionError, Chunk, ConfigError, PromptError, Runtime, Session
 from sfrt.engine import Engine, Stream
 from sfrt.engine.cost import Kind
-from sfrt.machine import resident_memory
-
-PROMPT, OTHER = "a red circle moving left", "a blue square moving left"
-FAST = 240.0
-"""Frames per second at which a test does not wait for the clock."""
-
-
-@pytest.fixture(scope="module")
-def runtime(tiny_bundle: Path) -> Runtime:
-    return Runtime(tiny_bundle, device="cpu", backend="torch")
-
-
-@pytest.fixture
-def engine(runtime: Runtime) -> Iterator[Engine]:
-    """Lets everyone in, as a busy machine would refuse what an idle one takes."""
-    with Engine(runtime, capacity=inf) as engine:
-        yield engine
-
-
-def until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < end, "it never came to be"
-        time.sleep(0.002)
-
-
-def alone(runtime: Runtime, chunks: int, **settings: Any) -> list[Chunk]:
-    with runtime.session(PROMPT, limit=chunks, **settings) as session:
-        return list(session)
-
-
-def same(ours: list[Chunk], theirs: list[Chunk]) -> bool:
-    assert [chunk.index for chunk in ours] == [chunk.index for chunk in theirs]
-    return all(np.array_equal(one.frames, other.frames) for one, other in zip(ours, theirs, strict=True))
-
-
-def failing(runtime: Runtime, after: int, error: BaseException, **settings: Any) -> Session:
-    """A session whose decoder raises at some chunk."""
-    session = runtime.session(PROMPT, **settings)
-    stage, decoded = session._stage, itertools.count()
-    assert stage is not None and stage.decoder is not None
-    decode = stage.decoder.decode
-
-    class Faulty:
-        def decode(self, *arguments: Any) -> Any:
-            if next(decoded) == after:
-                raise error
-            return decode(*arguments)
-
-    session._stage = replace(stage, decoder=Faulty())  # type: ignore[arg-type]
-    return session
-
-
-class Watched:
-    """A session that says when a chunk is being made, and waits until it may go on or is cancelled."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.begun, self.go_on = threading.Event(), threading.Event()
-
-    def __next__(self) -> Chunk:
-        self.begun.set()
-        assert self.go_on.wait(60)
-        return next(self.session)
-
-    def cancel(self) -> None:
-        self.session.cancel()
-        self.go_on.set()
-
-    def close(self) -> None:
-        self.session.close()
-
+from tests.engines import FAST, OTHER, PROMPT, Watched, alone
+from tests.streams import same
+from tests.waiting import wait_until
 
 # Chunks
 
@@ -160,7 +86,7 @@ def test_a_reader_who_never_reads_costs_a_queue(engine: Engine, policy: Any) -> 
         for _ in itertools.islice(read, 12):
             pass
     if policy == "drop":
-        until(lambda: ignored.stats().tally.dropped >= 10)
+        wait_until(lambda: ignored.stats().tally.dropped >= 10)
     ignored.pause()
     ignored.call(lambda _: gc.collect())
     kept = [chunk for chunk in (one() for one in made) if chunk is not None]
@@ -224,106 +150,6 @@ def test_waiting_has_a_limit(engine: Engine) -> None:
         assert stream.get(60) is not None
 
 
-# Faults
-
-
-@pytest.mark.parametrize("error", [RuntimeError("the device fell over"), StopAsyncIteration(), SystemExit()])
-def test_a_failure_reaches_its_own_reader_and_nobody_else(engine: Engine, error: BaseException) -> None:
-    reference = alone(engine.runtime, 6, seed=1)
-    good = engine.open(PROMPT, seed=1, limit=6, fps=FAST)
-    bad = engine.host(partial(failing, engine.runtime, 2, error, seed=1), fps=FAST, queue=4)
-    until(lambda: bad.stats().state == "failed")
-    assert same([bad.get() or pytest.fail(), bad.get() or pytest.fail()], reference[:2]), "what was made is delivered"
-    with pytest.raises(type(error)) as caught:
-        bad.get()
-    assert caught.value is error
-    assert bad.get() is None, "told once"
-    assert same(list(good), reference)
-    assert engine.stats().failed == 1 and type(error).__name__ in str(bad.stats().error)
-    with pytest.raises(ConfigError, match="over"):
-        bad.call(lambda session: session.refresh())
-
-
-def test_a_session_that_cannot_be_made_takes_no_place(engine: Engine) -> None:
-    with pytest.raises(PromptError):
-        engine.open("")
-    with pytest.raises(ConfigError, match="limit"):
-        engine.open(PROMPT, limit=0)
-    with pytest.raises(ConfigError, match="queue"):
-        engine.open(PROMPT, queue=0)
-    with pytest.raises(ConfigError, match="fps"):
-        engine.open(PROMPT, fps=0)
-    assert engine.stats().streams == () and engine.stats().admitted == 0
-    assert len(list(engine.open(PROMPT, limit=2, fps=FAST))) == 2
-
-
-def test_a_failed_session_lets_go_of_what_it_worked_on(engine: Engine) -> None:
-    """Though its reader keeps the error."""
-    bad = engine.host(partial(failing, engine.runtime, 0, RuntimeError("no")))
-    with pytest.raises(RuntimeError) as caught:
-        bad.get()
-    frames = [frame for frame, _ in walk_tb(caught.tb)]
-    inside = [frame for frame in frames if frame.f_code.co_filename.endswith("sfrt/session.py")]
-    assert inside and all(not frame.f_locals for frame in inside)
-
-
-def test_what_failed_between_two_chunks_is_let_go_at_once(engine: Engine) -> None:
-    """Device memory must not wait for Python's collector of cycles."""
-    held: list[weakref.ref[np.ndarray[Any, Any]]] = []
-
-    def work(_: Session) -> None:
-        big = np.zeros(9)
-        held.append(weakref.ref(big))
-        raise RuntimeError("no")
-
-    with engine.open(PROMPT, fps=1) as stream:
-        gc.disable()
-        try:
-            with suppress(RuntimeError):
-                stream.call(work)
-            until(lambda: held[0]() is None)
-        finally:
-            gc.enable()
-
-
-def test_a_session_that_cannot_be_closed_goes_all_the_same(engine: Engine) -> None:
-    class Stubborn(Watched):
-        def close(self) -> None:
-            super().close()
-            raise RuntimeError("no")
-
-    stubborn = engine.host(lambda: Stubborn(engine.runtime.session(PROMPT)))
-    stubborn.close()
-    assert len(list(engine.open(PROMPT, limit=2, fps=FAST))) == 2
-    assert engine.stats().streams == ()
-
-
-def test_fifty_come_and_go(engine: Engine) -> None:
-    """Read, not read, and in the middle of a chunk."""
-    engine.measure()
-    sessions: list[weakref.ref[Session]] = []
-    threads = threading.active_count()
-
-    def come_and_go(number: int) -> None:
-        with engine.open(PROMPT, seed=number, fps=FAST) as stream:
-            sessions.append(weakref.ref(stream.session))
-            for _ in itertools.islice(stream, number % 3):
-                pass
-
-    for number in range(10):
-        come_and_go(number)
-    until(lambda: not engine.stats().streams)
-    before = resident_memory() or 0
-    for number in range(50):
-        come_and_go(number)
-    until(lambda: not engine.stats().streams)
-    gc.collect()
-    assert threading.active_count() == threads
-    assert [one for one in sessions if one() is not None] == []
-    assert (resident_memory() or 0) - before < 16 << 20
-    assert engine.stats().admitted == 60 and len(engine._scheduler.lanes) == 0
-
-
 # Control
 
 
@@ -333,7 +159,7 @@ def test_closing_gives_up_the_chunk_that_is_being_made(engine: Engine) -> None:
     stream.close()
     stream.close()
     assert stream.get() is None and stream.stats().state == "closed"
-    until(lambda: not engine.stats().streams)
+    wait_until(lambda: not engine.stats().streams)
     assert stream.session.session._stage is None, "closed for good"
     assert engine.stats().tally.made == 0
 
@@ -468,7 +294,7 @@ def test_no_more_is_let_in_than_there_is_memory_for(engine: Engine, monkeypatch:
     needed = 1 << 30
     engine.measure()
     engine._costs._memory[Kind(engine.runtime.stream)] = needed
-    monkeypatch.setattr(sfrt.engine.engine, "free_bytes", lambda device: 2 * needed - 1)
+    monkeypatch.setattr(engine.runtime, "free_bytes", lambda: 2 * needed - 1)
     with engine.open(PROMPT, ready=lambda: False) as first:
         with pytest.raises(AdmissionError, match=r"needs 1\.00 GiB and 1\.00 GiB are free .* the 1 that run"):
             engine.open(PROMPT)
@@ -495,7 +321,7 @@ def test_closing_the_engine_ends_all_streams(runtime: Runtime) -> None:
     waiting = engine.open(PROMPT, ready=lambda: False)
     reader = threading.Thread(target=lambda: list(waiting))
     reader.start()
-    until(lambda: unread.stats().queued == 3)
+    wait_until(lambda: unread.stats().queued == 3)
     engine.close()
     engine.close()
     reader.join(60)

@@ -17,16 +17,28 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors", "machine", "nvml", "user_cache"},
     {"config", "graphs"},
-    {"ring", "timesteps", "noise", "bundle", "weights", "device", "metrics", "video", "plot", "prompt_cache"},
+    {
+        "ring",
+        "timesteps",
+        "noise",
+        "bundle",
+        "weights",
+        "device",
+        "metrics",
+        "capture",
+        "video",
+        "plot",
+        "prompt_cache",
+    },
     {"ops"},
     {"cache"},
     {"transformer", "decoders", "text"},
     {"prompts"},
     {"backends", "source", "switching"},
-    {"snapshot"},
+    {"snapshot", "delivery"},
     {"stage"},
     {"context"},
-    {"denoising"},
+    {"denoising", "chunk"},
     {"session"},
     {"scheduler"},
     {"runtime"},
@@ -98,7 +110,7 @@ def wrong_way(found: Import) -> bool:
     if found.target.split(".")[0] != "sfrt" or here == there:
         return False
     if here == "":  # sfrt/__init__.py: the errors, and the rest only when a name is asked for
-        return there != "errors" and not found.target.startswith(("sfrt.runtime.", "sfrt.session."))
+        return there != "errors" and not found.target.startswith(("sfrt.chunk.", "sfrt.runtime.", "sfrt.session."))
     if there == "":
         return found.target != "sfrt.__version__"
     return RANK[there] >= RANK[here]

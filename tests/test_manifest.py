@@ -52,7 +52,7 @@ from tests.bundles import FULL, MANIFEST, drop, edit_manifest, set_at, write
         (set_at("files", "../evil", value={"bytes": 0, "sha256": "0" * 64}), r"'\.\./evil' cannot be a file"),
         (set_at("files", "notes.txt", value={"bytes": 0, "sha256": "0" * 64}), r"files\.notes\.txt belongs to no part"),
         (drop("files", "tokenizer.json"), r"files\.tokenizer\.json is missing"),
-        (set_at("schema_version", value=3), r"schema_version is 3 and this sfrt reads up to 2; update sfrt"),
+        (set_at("schema_version", value=4), r"schema_version is 4 and this sfrt reads up to 3; update sfrt"),
         (set_at("schema_version", value="1"), r"schema_version is '1', not a whole number from 1"),
         (drop("schema_version"), r"schema_version is None, not a whole number"),
     ],
@@ -93,7 +93,8 @@ def test_manifests_of_version_1_say_nothing_of_what_was_the_only_way(tmp_path: P
 
     def first_version(data: Any) -> None:
         data["schema_version"] = 1
-        for key in ("positions", "refresh"):
+        del data["text_quantization"]
+        for key in ("positions", "refresh", "ring_dtype"):
             del data["stream"][key]
 
     edit_manifest(tmp_path / "model", first_version)

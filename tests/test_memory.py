@@ -74,13 +74,14 @@ def test_a_decoder_state_is_as_large_as_stated(config: DecoderConfig) -> None:
     assert 0.6 < peak / (need.parts["work space"] + need.parts["decoder state"] / 2) < 1.25
 
 
+@pytest.mark.parametrize("ring_dtype", ["model", "float8"])
 @pytest.mark.parametrize("positions", ["absolute", "window"])
-def test_a_stream_on_the_torch_backend(positions: Any) -> None:
+def test_a_stream_on_the_torch_backend(positions: Any, ring_dtype: Any) -> None:
     from sfrt.backends.torch import TorchBackend
     from sfrt.ring import chunk_sizes, ring_for
     from sfrt.transformer import Transformer
 
-    stream = StreamConfig(height=64, width=96, window=9, sink=3, positions=positions)
+    stream = StreamConfig(height=64, width=96, window=9, sink=3, positions=positions, ring_dtype=ring_dtype)
     grid, ring = Grid.of(SMALL, stream), ring_for(stream)
     backend = TorchBackend(SMALL, Transformer(SMALL).state_dict(), CPU, torch.float32)
     rollout = backend.rollout(grid, ring, chunk_sizes(stream), (0.0, 500.0))

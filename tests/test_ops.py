@@ -10,14 +10,17 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sfrt.config import ModelConfig, StreamConfig
+from sfrt.ops import linear
 from sfrt.ops.denoise import follow_flow, predict_x0, renoise
 from sfrt.ops.frames import frames
 from sfrt.ops.layout import latents_from_tokens, tokens_from_latents
 from sfrt.ops.linear import Activation, Linear, pack_for_cpu
 from sfrt.timesteps import Step, steps_of
 from sfrt_export.verify import relative_error
+from tests.dispatch import Called
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE)
@@ -54,6 +57,50 @@ def test_a_linear_in_float32_rounds_only_its_weights() -> None:
     layer = Linear(24, 37).requires_grad_(False).bfloat16()
     x = normal(5, 24)
     assert_near(layer.in_float32(x), F.linear(x.double(), layer.weight.double(), layer.bias.double()))
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (2, 7, 24)], ids=str)
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh"])
+@pytest.mark.parametrize("device", ["cuda", "cpu", "meta"])
+def test_on_a_gpu_the_gelu_is_in_the_products_epilogue(
+    device: str, activation: Activation, shape: tuple[int, ...]
+) -> None:
+    """Where torch has the tanh-GELU there, and nobody asks for gradients. Fake tensors: no GPU is needed."""
+    with torch.device("meta"):
+        layer = Linear(24, 37, activation)
+    with FakeTensorMode(), torch.device(device):
+        layer.load_state_dict({"weight": torch.empty(37, 24), "bias": torch.empty(37)}, assign=True)
+        x = torch.empty(shape)
+        with Called() as called, torch.no_grad():
+            y = layer(x)
+        assert not linear._has_gelu_epilogue(x), "gradients are on"
+    fused = device == "cuda" and activation == "gelu_tanh"
+    assert y.shape == (*shape[:-1], 37) and y.device.type == device
+    assert ("aten._addmm_activation.default" in called.names) == fused
+    assert ("aten.gelu.default" in called.names) == (activation == "gelu_tanh" and not fused)
+
+
+def test_the_epilogues_gelu_is_the_one_with_tanh_on_a_gpu_alone() -> None:
+    """As torch itself takes the operation apart for a compiler; a CPU's, which can be run here, is that of erf."""
+    layer, x = Linear(24, 37).requires_grad_(False), normal(7, 24)
+    fused = torch._addmm_activation(layer.bias, x, layer.weight.t(), use_gelu=True)
+    torch.testing.assert_close(fused, F.gelu(layer(x)))
+    taken_apart = torch._decomp.decomposition_table[torch.ops.aten._addmm_activation.default]
+    for device, expected in (("cuda", {"approximate": "tanh"}), ("cpu", {})):
+        with FakeTensorMode(), torch.device(device), Called() as called:
+            taken_apart(torch.empty(37), torch.empty(7, 24), torch.empty(24, 37), use_gelu=True)
+        assert called.names["aten.gelu.default"] == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_fused_gelu_is_that_of_the_definition(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, x = Linear(24, 40, "gelu_tanh").requires_grad_(False).to("cuda", dtype), normal(2, 7, 24, dtype=dtype).cuda()
+    with torch.no_grad():
+        found = layer(x)
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    assert_near(found, F.gelu(expected, approximate="tanh"))
 
 
 STEPS = st.sampled_from(steps_of(StreamConfig()))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sfrt.backends import Backend, Grid, Rollout
 from sfrt.cache import KVCache, SinkKeys
+from sfrt.capture import Eager
 from sfrt.config import ModelConfig, Positions, StreamConfig
 from sfrt.ops.choice import torch_ops
 from sfrt.ops.rolling_kv import QKV
@@ -49,7 +50,7 @@ def turned(x: Tensor, phases: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * phases).flatten(-2)
 
 
-class NaiveRollout:
+class NaiveRollout(Eager):
     """Keys as they are made, in a list; phases are those of the places in that list, given anew at every read."""
 
     def __init__(self, model: Transformer, stream: StreamConfig) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sfrt import Runtime
 from sfrt.backends import Grid
@@ -24,15 +26,19 @@ from sfrt.bundle import Bundle, Quantization
 from sfrt.bundle.quantization import Method, Quality
 from sfrt.bundle.writer import BundleWriter
 from sfrt.errors import BundleError, ConfigError
+from sfrt.ops.choice import Ops
+from sfrt.ops.eight_bits import FLOAT8, LARGEST, Float8Rows, quantize, row_scales
 from sfrt.ops.linear import Linear, pack_for_cpu
-from sfrt.ops.quantized_linear import FLOAT8, LARGEST, QuantizedLinear, quantize, row_scales
-from sfrt.ring import chunk_sizes, ring_for
+from sfrt.ops.op import Op
+from sfrt.ops.quantized_linear import QuantizedEmbedding, QuantizedLinear, place_quantized, takes_float8
+from sfrt.ring import ChunkSizes, Ring, chunk_sizes, ring_for
 from sfrt.transformer import Transformer
 from sfrt_export import gate as gate_module
 from sfrt_export.export import export_checkpoint
 from sfrt_export.quantize import quantizable
 from sfrt_export.quantized_bundle import quantize_bundle
 from sfrt_export.verify import relative_error
+from tests.dispatch import Called
 
 GOLDEN = Path(__file__).parent / "golden" / "dit"
 WEIGHTS = GOLDEN / "weights_d128h2l2.safetensors"
@@ -169,6 +175,125 @@ def test_a_token_has_a_scale_of_its_own() -> None:
     static = filled("float8-static", plain)
     static.input_scale = torch.nn.Parameter(x.abs().max() / 448, requires_grad=False)
     assert relative_error(static(x)[1:], plain(x)[1:]) > 0.9
+
+
+def on_a_gpu(layer: QuantizedLinear, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """Fake weights in bfloat16 on a GPU of this compute capability, which need not be there."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    dtypes = {"weight": FLOAT8, "weight_scale": torch.float32, "bias": torch.bfloat16}
+    fakes = {name: torch.empty(layer.get_parameter(name).shape, dtype=dtype) for name, dtype in dtypes.items()}
+    layer.load_state_dict(fakes, assign=True)
+
+
+@pytest.mark.parametrize(("capability", "sizes"), [((8, 0), (64, 48)), ((8, 9), (64, 48)), ((9, 0), (64, 40))])
+def test_which_gpus_multiply_float8(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], sizes: tuple[int, int]
+) -> None:
+    """From 8.9 on, for sizes of whole 16s; there, rows that come as float8 pass through nothing but the product."""
+    able = capability >= (8, 9) and sizes[1] % 16 == 0
+    layer = QuantizedLinear(*sizes, "none", "float8")
+    with FakeTensorMode(), torch.device("cuda"):
+        on_a_gpu(layer, monkeypatch, capability)
+        assert takes_float8(layer) == able
+        rows = Float8Rows(torch.empty(2, 7, 64, dtype=FLOAT8), torch.empty(2, 7, 1))
+        with Called() as called, torch.no_grad():
+            y = layer(rows)
+    assert y.shape == (2, 7, sizes[1]) and y.dtype == torch.bfloat16
+    if able:
+        views = {"aten.view.default", "aten.t.default", "aten.unsqueeze.default"}
+        assert "aten._scaled_mm.default" in called.names
+        assert {name for name in called.names if name.startswith("aten.")} - views == {"aten._scaled_mm.default"}
+    else:
+        assert "aten._scaled_mm.default" not in called.names
+
+
+@pytest.mark.parametrize("method", ["float8", "float8-static"])
+def test_torchs_float8_product_is_ours(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very call that a GPU gets; torch's own on a CPU."""
+    torch.manual_seed(0)
+    layer = filled(method, Linear(64, 48, activation="gelu_tanh").requires_grad_(False))
+    layer.bias.data = layer.bias.data.bfloat16()
+    x = torch.randn(2, 16, 64).bfloat16()
+    expected = layer(x)
+    monkeypatch.setattr(QuantizedLinear, "multiplies_float8", lambda self: True)
+    assert relative_error(layer(x), expected) < 4e-3
+
+
+class CountingOps:
+    """Plain torch, and how often each op ran."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def __call__(self, op: Op[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            self.counts[op.name] += 1
+            return op.reference(*args)
+
+        return counted
+
+
+def one_pass(bundle: Bundle, ops: CountingOps, dtype: torch.dtype) -> tuple[Tensor, Counter[str]]:
+    """The flow of a pass over a bundle's model, without what is made once a prompt, and the ops that it ran."""
+    model = bundle.manifest.model
+    backend = TorchBackend(
+        model, bundle.load("transformer", CPU, dtype), CPU, dtype, bundle.manifest.quantization, cast(Ops, ops)
+    )
+    ring, generator = Ring(1), torch.Generator().manual_seed(3)
+    rollout = backend.rollout(Grid(2, 3), ring, ChunkSizes(1, 1), (700.0,))
+    rollout.set_text(torch.randn(model.text_len, model.text_dim, generator=generator))
+    rollout.place(ring.plan(0, 1))
+    ops.counts.clear()
+    return rollout.flow(torch.randn(6, model.token_dim, generator=generator), 700.0), ops.counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_stands_before_a_float8_product_writes_its_rows(
+    bundles: dict[Method, Bundle], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """To the last bit what the products would have made of plain rows."""
+    flow, counts = one_pass(bundles["float8"], CountingOps(), dtype)
+    blocks = bundles["float8"].manifest.model.num_layers
+    assert counts["modulate_float8"] == 3 * blocks and counts["modulate"] == 1, "the head's is plain"
+    assert (counts["gelu_float8"], counts["gelu"]) == (blocks, 0)
+    assert counts["quantize_rows"] == 2 * blocks, "those of attention"
+    monkeypatch.setattr("sfrt.transformer.takes_float8", lambda layer: False)
+    by_themselves, counts = one_pass(bundles["float8"], CountingOps(), dtype)
+    assert torch.equal(by_themselves, flow)
+    assert (counts["modulate_float8"], counts["gelu_float8"], counts["quantize_rows"]) == (0, 0, 6 * blocks)
+
+
+@pytest.mark.parametrize("method", ["int8", "float8-static"])
+def test_other_methods_read_plain_rows(bundles: dict[Method, Bundle], method: Method) -> None:
+    counts = one_pass(bundles[method], CountingOps(), torch.float32)[1]
+    assert {"modulate_float8", "gelu_float8", "quantize_rows"}.isdisjoint(counts) and counts["gelu"] == 2
+
+
+def test_a_table_in_eight_bits() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(9, 24)
+    for method in METHODS:
+        table = QuantizedEmbedding(9, 24, method)
+        scale = row_scales(rows, table.weight.dtype)
+        table.load_state_dict({"weight": quantize(rows, scale, table.weight.dtype), "weight_scale": scale[:, 0]})
+        ids = torch.tensor([[3, 0], [8, 3]])
+        assert table(ids).dtype == torch.float32 and relative_error(table(ids), rows[ids]) < 0.04
+
+
+@pytest.mark.parametrize("method", ["int8", "float8"])
+def test_weights_only(method: Method) -> None:
+    """Without a bias; a token's own range is of no matter."""
+    torch.manual_seed(0)
+    plain = Linear(64, 48, bias=False).requires_grad_(False)
+    model = torch.nn.ModuleDict({"blocks": torch.nn.Sequential(plain)})
+    place_quantized(model, method, ["blocks.0"], weights_only=True)
+    layer = model.get_submodule("blocks.0")
+    assert isinstance(layer, QuantizedLinear) and layer.bias is None and not takes_float8(layer)
+    scale = row_scales(plain.weight, layer.weight.dtype)
+    values = quantize(plain.weight, scale, layer.weight.dtype)
+    layer.load_state_dict({"weight": values, "weight_scale": scale[:, 0]}, assign=True)
+    x = torch.randn(3, 64)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, values.float() * scale))
 
 
 def needs_float8_gpu() -> None:
@@ -349,8 +474,8 @@ def test_the_command_line(tmp_path: Path, tiny_bundle: Path) -> None:
     assert status == 0 and "int8, 14 layers; off by 0." in output and "most by blocks." in output
     assert "quantised" in run("info", tmp_path / "model")[1] and "quantised" not in run("info", tiny_bundle)[1]
     for arguments, told in (
-        ((), "is a bundle: give --quantize with -o DIR"),
-        (("--quantize", "int8", "--heads", 2), "is a bundle: give --quantize with -o DIR"),
+        ((), "is a bundle: give --quantize or --quantize-text with -o DIR"),
+        (("--quantize", "int8", "--heads", 2), "is a bundle: give --quantize or --quantize-text with -o DIR"),
         (("--quantize", "int8", "--shift", 3), "--shift says nothing without --tensorrt"),
         (("--quantize", "int8", "--dtype", "float16"), "--dtype says nothing without --tensorrt"),
     ):

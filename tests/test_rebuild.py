@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from sfrt import Chunk, ConfigError, Runtime, Session
 from sfrt.backends import Rollout
+from sfrt.capture import Eager
 from sfrt.config import StreamConfig
 from sfrt.ops.layout import tokens_from_latents
 from sfrt.ring import ChunkPlan
@@ -22,13 +22,8 @@ from sfrt.ring import ChunkPlan
 PROMPT = "a red circle moving left"
 
 
-@pytest.fixture(scope="module")
-def runtime(tiny_bundle: Path) -> Runtime:
-    return Runtime(tiny_bundle, device="cpu", backend="torch")
-
-
 @dataclass
-class Watched:
+class Watched(Eager):
     """A rollout, and what it was asked for: (ring frames, positions) placed, tokens refreshed, timesteps of flows."""
 
     rollout: Rollout

@@ -176,8 +176,8 @@ def test_a_pause_makes_nobody_late() -> None:
     lane: Lane[int] = Lane(SECOND, 0.0)
     scheduler = scheduler_of(lane)
     lane.put(0, 12, 0.1)
-    lane.hold("paused")
-    lane.hold("not ready")
+    lane.hold("paused", 0.2)
+    lane.hold("not ready", 0.3)
     assert scheduler.pick(5.0) is None
     lane.release("paused", 50.0)
     assert scheduler.pick(50.0) is None, "there is another reason"
@@ -185,6 +185,56 @@ def test_a_pause_makes_nobody_late() -> None:
     assert scheduler.pick(60.0) is lane and lane.due == 61.0
     lane.release("paused", 99.0)
     assert lane.due == 61.0, "what was not held cannot be released"
+
+
+@given(st.lists(st.tuples(st.floats(0, 3), st.floats(0, 3)), max_size=20), st.integers(1, 3))
+def test_a_viewer_who_pauses_all_the_time_gets_no_further_ahead(pauses: list[tuple[float, float]], room: int) -> None:
+    """What it has of video that it has not shown yet: no more than one who never pauses."""
+    lane: Lane[int] = Lane(SECOND, 0.0, room=room)
+    scheduler, now, unpaused = scheduler_of(lane), 0.0, 0.0
+    for playing, paused in pauses:
+        played = run(scheduler, now + playing, now)
+        now = max(now + playing, *(time + 0.1 for time, _ in played)) if played else now + playing
+        lane.hold("paused", now)
+        assert scheduler.pick(now + paused) is None
+        unpaused += paused
+        now += paused
+        lane.release("paused", now)
+    assert lane.tally.made <= now - unpaused + room + 1
+    assert lane.tally.late == 0
+
+
+def test_a_source_that_was_not_ready_stops_the_picture() -> None:
+    lane: Lane[int] = Lane(SECOND, 0.0, room=1)
+    lane.put(0, 12, 0.1)
+    lane.take(0.1)
+    lane.hold("not ready", 0.2)
+    lane.release("not ready", 60.0)
+    assert lane.due == 61.0, "time enough to make it"
+    lane.put(1, 12, 60.3)
+    assert lane.due == 61.3, "shown as soon as it was there"
+
+
+def test_after_a_rewind_the_picture_begins_anew() -> None:
+    lane: Lane[int] = Lane(SECOND, 0.0, room=2)
+    lane.put(0, 12, 0.1)
+    lane.put(1, 12, 0.2)
+    lane.take(0.2)
+    lane.clear(0.3)
+    assert (len(lane), lane.due) == (0, 1.3)
+    assert scheduler_of(lane).pick(0.3) is lane, "at once"
+    lane.put(2, 12, 0.4)
+    assert lane.due == 1.4, "shown as soon as it was there"
+
+
+def test_a_rewind_in_a_pause_does_not_count_the_pause_twice() -> None:
+    lane: Lane[int] = Lane(SECOND, 0.0, room=1)
+    lane.put(0, 12, 0.1)
+    lane.hold("paused", 0.2)
+    lane.clear(30.0)
+    lane.release("paused", 40.0)
+    lane.put(1, 12, 40.1)
+    assert lane.due == 41.1
 
 
 # Admission

@@ -10,7 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,9 @@ import pytest
 from PIL import Image
 
 from sfrt import Runtime
-from sfrt.errors import ProtocolError
+from sfrt.errors import BundleError, ProtocolError
 from sfrt.server.access import Access
 from sfrt.server.client import Client
-from sfrt.server.limits import Limits
 from sfrt.server.protocol import (
     H264,
     Bye,
@@ -42,6 +42,7 @@ from sfrt.server.protocol import (
     State,
     Stop,
 )
+from sfrt.server.service import model_of
 from tests.command_line import Run
 from tests.servers import (
     BLUE,
@@ -51,29 +52,10 @@ from tests.servers import (
     Running,
     finish,
     mean_colour,
-    quick_runtime,
     serving,
     upgrade,
-    wait_until,
 )
-
-
-@pytest.fixture(scope="module")
-def runtime() -> Runtime:
-    return quick_runtime()
-
-
-@pytest.fixture(scope="module")
-def running(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(runtime, tmp_path_factory.mktemp("recordings"), SMALL) as running:
-        yield running
-
-
-@pytest.fixture
-def server(running: Running) -> Iterator[Running]:
-    """Empty again after each test, whatever the test did to it."""
-    yield running
-    wait_until(running.is_empty)
+from tests.waiting import wait_until
 
 
 def test_a_stream_arrives_in_order(server: Running) -> None:
@@ -239,6 +221,8 @@ def test_what_watches_over_it(server: Running) -> None:
             assert float(figures["sfrt_viewers"]) == 1
             assert float(figures["sfrt_frames_total"]) >= 1
             assert float(figures["sfrt_chunk_seconds_count"]) >= 1
+            assert float(figures["sfrt_chunk_period_seconds"]) == 12 / 32
+            assert float(figures["sfrt_waiting_chunks"]) in (0, 1)
 
     finish(test())
 
@@ -280,7 +264,7 @@ def test_there_are_so_many_places_and_no_more(server: Running) -> None:
     finish(test())
 
 
-def test_the_idle_and_the_lingering_are_sent_away(runtime: Runtime, tmp_path: Path) -> None:
+def test_the_idle_and_the_lingering_are_sent_away(quick_runtime: Runtime, tmp_path: Path) -> None:
     async def talk(client: Client) -> None:
         while True:
             await client.say(Keyframe())
@@ -295,27 +279,27 @@ def test_the_idle_and_the_lingering_are_sent_away(runtime: Runtime, tmp_path: Pa
             return said
 
     async def test() -> None:
-        with serving(runtime, tmp_path, Limits(idle_s=0.8, longest_s=2.0)) as server:
+        with serving(quick_runtime, tmp_path, replace(SMALL, idle_s=0.8, longest_s=2.0)) as server:
             assert (await bye(server, talking=False)).why == "idle"
             assert (await bye(server, talking=True)).why == "over"
 
     finish(test())
 
 
-def test_who_says_nothing_at_all_is_sent_away(runtime: Runtime, tmp_path: Path) -> None:
+def test_who_says_nothing_at_all_is_sent_away(quick_runtime: Runtime, tmp_path: Path) -> None:
     from websockets.asyncio.client import connect
 
     async def test() -> None:
-        with serving(runtime, tmp_path, Limits(hello_s=0.3)) as server:
+        with serving(quick_runtime, tmp_path, replace(SMALL, hello_s=0.3)) as server:
             async with connect(f"ws://{server.host}/stream") as raw:
                 assert json.loads(await raw.recv())["why"] == "protocol"
 
     finish(test())
 
 
-def test_the_token_opens_the_stream_and_the_figures(runtime: Runtime, tmp_path: Path) -> None:
+def test_the_token_opens_the_stream_and_the_figures(quick_runtime: Runtime, tmp_path: Path) -> None:
     async def test() -> None:
-        with serving(runtime, tmp_path, access=Access("sesame")) as server:
+        with serving(quick_runtime, tmp_path, SMALL, Access("sesame")) as server:
             with pytest.raises(ProtocolError, match=r"bye \(token\)"):
                 async with server.client(token="guess"):
                     pass
@@ -381,6 +365,13 @@ def test_the_network_without_a_token_is_warned_of(run: Run, monkeypatch: pytest.
     assert run("serve").err == "shapes is at http://127.0.0.1:8000/\n"
 
 
+def test_the_frame_rate_is_the_models_unless_told_otherwise(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("sfrt.server.serving.serve", lambda runtime, address, ready: asked.append(runtime.stream.fps))
+    assert run("serve").code == run("serve", "--fps", "4").code == 0
+    assert asked == [16, 4]
+
+
 def test_a_taken_port_is_told_of(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -388,13 +379,8 @@ def test_a_taken_port_is_told_of(run: Run) -> None:
     assert complaint.startswith(f"cannot listen on 127.0.0.1 port {port}")
 
 
-def test_a_model_without_a_decoder_is_refused(runtime: Runtime) -> None:
-    import dataclasses
-
-    from sfrt.errors import BundleError
-    from sfrt.server.service import model_of
-
-    blind = quick_runtime()
-    blind.manifest = dataclasses.replace(blind.manifest, decoder=None)
+def test_a_model_without_a_decoder_is_refused(quick_runtime: Runtime) -> None:
+    blind = copy(quick_runtime)
+    blind.manifest = replace(blind.manifest, decoder=None)
     with pytest.raises(BundleError, match="has no decoder"):
         model_of(blind)

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,11 @@ import pytest
 from numpy.typing import NDArray
 
 from sfrt import Runtime
+from sfrt.chunk import Chunk
 from sfrt.engine import Stream
 from sfrt.errors import ProtocolError
 from sfrt.machine import resident_memory
 from sfrt.server.encoding import JpegEncoder, Picture
-from sfrt.server.limits import Limits
 from sfrt.server.protocol import (
     ChunkNews,
     Frame,
@@ -33,7 +33,8 @@ from sfrt.server.protocol import (
     Start,
     State,
 )
-from sfrt.session import Chunk, Session
+from sfrt.session import Session
+from tests.full_disk import file_size_limit
 from tests.servers import (
     BLUE,
     RED,
@@ -41,30 +42,10 @@ from tests.servers import (
     Running,
     finish,
     masked,
-    quick_runtime,
     serving,
     upgrade,
-    wait_until,
 )
-from tests.test_video import file_size_limit
-
-
-@pytest.fixture(scope="module")
-def runtime() -> Runtime:
-    return quick_runtime()
-
-
-@pytest.fixture(scope="module")
-def running(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(runtime, tmp_path_factory.mktemp("recordings"), SMALL) as running:
-        yield running
-
-
-@pytest.fixture
-def server(running: Running) -> Iterator[Running]:
-    """Empty again after each test, whatever the test did to it."""
-    yield running
-    wait_until(running.is_empty)
+from tests.waiting import wait_until
 
 
 def test_a_client_that_vanishes_in_the_middle_of_a_chunk_leaves_nothing(server: Running) -> None:
@@ -101,7 +82,7 @@ def test_fifty_visits_leave_nothing(server: Running) -> None:
 
 
 def test_a_client_that_does_not_read_is_let_go_and_costs_no_memory(
-    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick_runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = JpegEncoder.encode
 
@@ -109,7 +90,7 @@ def test_a_client_that_does_not_read_is_let_go_and_costs_no_memory(
         return [Picture(picture.data + bytes(2**20), True) for picture in encode(self, frames)]
 
     monkeypatch.setattr(JpegEncoder, "encode", large)
-    with serving(runtime, tmp_path, Limits(slow_s=1.5)) as server, socket.socket() as raw:
+    with serving(quick_runtime, tmp_path, replace(SMALL, slow_s=1.5)) as server, socket.socket() as raw:
         host, port = server.host.split(":")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.connect((host, int(port)))

@@ -27,11 +27,6 @@ from sfrt.ring import Ring
 PROMPT = "a red circle moving left"
 
 
-@pytest.fixture(scope="module")
-def runtime(tiny_bundle: Path) -> Runtime:
-    return Runtime(tiny_bundle, device="cpu")
-
-
 def stream(runtime: Runtime, chunks: int, **settings: Any) -> list[Chunk]:
     with runtime.session(PROMPT, limit=chunks, **settings) as session:
         return list(session)

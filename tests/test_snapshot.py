@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,29 +15,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sfrt import Chunk, ConfigError, Runtime, Session, SnapshotError
+from sfrt import ConfigError, Runtime, Session, SnapshotError
 from sfrt.config import WanVaeConfig
 from sfrt.decoders.wan_vae import WanVae
 from sfrt.snapshot import Moment, read_snapshot, write_snapshot
+from tests.full_disk import file_size_limit
+from tests.streams import same, take
 
 PROMPT, OTHER = "a red circle moving left", "a blue square moving left"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def runtime(tiny_bundle: Path) -> Runtime:
-    return Runtime(tiny_bundle, device="cpu", backend="torch")
-
-
-def take(session: Session, chunks: int) -> list[Chunk]:
-    return list(itertools.islice(session, chunks))
-
-
-def same(ours: list[Chunk], theirs: list[Chunk]) -> bool:
-    """The very bytes of the same chunks."""
-    pairs = list(zip(ours, theirs, strict=True))
-    assert [one.index for one, _ in pairs] == [other.index for _, other in pairs]
-    return all(torch.equal(a.latents, b.latents) and np.array_equal(a.frames, b.frames) for a, b in pairs)
 
 
 def at_the_start(session: Session) -> None:
@@ -356,9 +340,9 @@ def test_what_is_no_snapshot_is_refused(runtime: Runtime, tmp_path: Path) -> Non
 def test_a_newer_version_is_named(runtime: Runtime, tmp_path: Path) -> None:
     path = snapshot_of(runtime, tmp_path / "stream")
     with safe_open(path, framework="pt") as file:
-        metadata = {**file.metadata(), "sfrt_snapshot": "2"}
+        metadata = {**file.metadata(), "sfrt_snapshot": "3"}
     save_file(load_file(path), path, metadata)
-    assert "is a snapshot of version 2 and this sfrt reads 1; update sfrt" in complaint(runtime, path)
+    assert "is a snapshot of version 3 and this sfrt reads 2; update sfrt" in complaint(runtime, path)
 
 
 def test_another_model_backend_or_dtype_is_named(runtime: Runtime, tiny_bundle: Path, tmp_path: Path) -> None:
@@ -406,18 +390,6 @@ def test_a_closed_session_has_nothing_to_keep(runtime: Runtime, tmp_path: Path) 
 
 
 # Faults
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """A disk that is full once a file has this size, as far as this process can tell."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [0, 100, 20_000])

@@ -22,24 +22,16 @@ from sfrt.ops.layout import tokens_from_latents
 from sfrt.source import Source
 from sfrt.timesteps import steps_of
 from sfrt.video import open_writer
+from tests.streams import same
 
 PROMPT = "a red circle moving left"
 CLIP = torch.rand(34, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 """Two chunks of 9 and 12 frames, a third of 12, and one frame too many."""
 
 
-@pytest.fixture(scope="module")
-def runtime(tiny_bundle: Path) -> Runtime:
-    return Runtime(tiny_bundle, device="cpu")
-
-
 def stream(runtime: Runtime, source: Any = CLIP, **settings: Any) -> list[Chunk]:
     with runtime.session(PROMPT, source=source, **{"strength": 0.6, **settings}) as session:
         return list(session)
-
-
-def same(one: list[Chunk], other: list[Chunk]) -> bool:
-    return all(np.array_equal(a.frames, b.frames) for a, b in zip(one, other, strict=True))
 
 
 class Camera:

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sfrt import BundleError, Chunk, ConfigError, PromptError, Runtime, Session
+from sfrt.capture import Eager
 from sfrt.ops.layout import tokens_from_latents
 from sfrt.ring import ChunkPlan
 from sfrt.switching import How, Switch, Text
 from tests.command_line import Run
+from tests.streams import same, take
 
 RED, BLUE, GREEN = (
     f"a {colour} circle moving left on a {ground} background"
@@ -29,23 +31,7 @@ WAYS: tuple[tuple[How, int], ...] = (("recache", 1), ("cross", 1), ("blend", 3))
 on_each_backend = pytest.mark.parametrize("any_runtime", ["tiny on torch", "built-in on onnx"], indirect=True)
 
 
-@pytest.fixture(scope="module")
-def runtime(tiny_bundle: Path) -> Runtime:
-    return Runtime(tiny_bundle, device="cpu", backend="torch")
-
-
-def take(session: Session, chunks: int) -> list[Chunk]:
-    return list(itertools.islice(session, chunks))
-
-
-def same(ours: list[Chunk], theirs: list[Chunk]) -> bool:
-    """The very bytes of the same chunks."""
-    pairs = list(zip(ours, theirs, strict=True))
-    assert [one.index for one, _ in pairs] == [other.index for _, other in pairs]
-    return all(torch.equal(a.latents, b.latents) and np.array_equal(a.frames, b.frames) for a, b in pairs)
-
-
-class Watched:
+class Watched(Eager):
     """The rollout of a session, and what it is asked for from now on."""
 
     def __init__(self, session: Session) -> None:
