@@ -22,8 +22,9 @@ from sfrt.errors import (
 )
 
 if TYPE_CHECKING:
+    from sfrt.chunk import Chunk
     from sfrt.runtime import Runtime
-    from sfrt.session import Chunk, Session
+    from sfrt.session import Session
 
 __version__ = "0.1.0"
 
@@ -44,7 +45,7 @@ __all__ = [
     "__version__",
 ]
 
-_LAZY = {"Chunk": "sfrt.session", "Runtime": "sfrt.runtime", "Session": "sfrt.session"}
+_LAZY = {"Chunk": "sfrt.chunk", "Runtime": "sfrt.runtime", "Session": "sfrt.session"}
 
 
 def __getattr__(name: str) -> object:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import click
 
-from sfrt.config import Placement, Positions, Refresh
+from sfrt.config import Placement, Positions, Refresh, RingDType
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -35,6 +35,11 @@ def stream_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="How clean frames come into the cache: chunk by chunk, or all in view anew before every chunk.",
         ),
         click.option("--window", type=int, help="Latent frames in view, with the sink and the chunk itself."),
+        click.option(
+            "--ring-dtype",
+            type=click.Choice(get_args(RingDType)),
+            help="What keys and values are kept in: as the model runs, or float8, half of 16 bits; slower on a CPU.",
+        ),
         click.option("--shift", type=float, help="Shift of the noise schedule."),
         click.option(
             "--first-steps",

@@ -58,13 +58,15 @@ class Point:
 
 def contestants(settings: Settings, folder: Path) -> list[Contestant]:
     """All models that were trained in the folder so far."""
-    many, few = settings.euler(settings.many_steps), settings.stream
+    few, steps = settings.stream, len(settings.stream.steps)
+    many, as_few = settings.euler(settings.many_steps), settings.euler(steps)
     known = [
         Contestant(f"teacher forcing, {len(many.steps)} steps", "teacher_forcing", many),
-        Contestant(f"diffusion forcing, {len(many.steps)} steps", "diffusion_forcing", many),
-        Contestant(f"regression, {len(few.steps)} steps", "regression", few),
-        Contestant(f"Self Forcing, {len(few.steps)} steps", "self_forcing", few),
-        Contestant(f"Self Forcing, naive rolling, {len(few.steps)} steps", "naive_rolling", few),
+        Contestant(f"teacher forcing, {steps} steps", "teacher_forcing", as_few),
+        Contestant(f"diffusion forcing, {steps} steps", "diffusion_forcing", as_few),
+        Contestant(f"regression, {steps} steps", "regression", few),
+        Contestant(f"Self Forcing, {steps} steps", "self_forcing", few),
+        Contestant(f"Self Forcing, naive rolling, {steps} steps", "naive_rolling", few),
     ]
     return [each for each in known if (folder / f"{each.stage}.pt").exists()]
 

@@ -103,7 +103,7 @@ class SelfForcingSettings:
     """Self Forcing. One step is one update of the generator and the critic's before it."""
 
     loss: Loss = "dmd"
-    steps: int = 400
+    steps: int = 300
     batch: int = 16
     critic_updates: int = 5
     learning_rate: float = 1e-4
