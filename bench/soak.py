@@ -135,13 +135,15 @@ class Log:
 class Visit:
     """Where a viewer stands in its stream: the last chunk it was told of, and how much of it has come.
 
-    switched is when it last asked for another prompt; None where that has been answered.
+    switched is when it last asked for another prompt; None where that has been answered. furthest is the latest chunk
+    it has been at: the server goes back from there by so many chunks and no more, in however many rewinds.
     """
 
     began: float
     news: ChunkNews | None = None
     chunks: int = 0
     frames: int = 0
+    furthest: int = 0
     switched: float | None = None
 
 
@@ -209,6 +211,7 @@ class Viewer:
         log.waiting[news.waiting] += 1
         log.chunk_ms.append(news.chunk_ms)
         at.news, at.frames, at.chunks = news, 0, at.chunks + 1
+        at.furthest = max(at.furthest, news.index)
 
     def _see(self, frame: Frame) -> None:
         log, at, now = self.log, self._at, time.monotonic()
@@ -245,9 +248,11 @@ class Viewer:
     async def _rewind(self, client: Client) -> None:
         if self._at.news is None:
             return
-        self.log.counts["rewinds"] += 1
-        furthest = max(1, client.welcome.bounds.rewind_chunks - 2)  # others are on their way meanwhile
-        await client.say(Rewind(max(0, self._at.news.index - int(self._rng.integers(furthest)))))
+        last = self._at.news.index
+        first = max(0, self._at.furthest + 3 - client.welcome.bounds.rewind_chunks)  # others are on their way meanwhile
+        if first <= last:
+            self.log.counts["rewinds"] += 1
+            await client.say(Rewind(int(self._rng.integers(first, last + 1))))
 
     def _scene(self) -> str:
         return plain(self._scenes[int(self._rng.integers(len(self._scenes)))])

@@ -6,6 +6,7 @@ what differs from time to time as inputs, and whatever else it touches stays whe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -64,34 +65,38 @@ class Graphs:
 
     The first time it runs as it is: libraries and compilers prepare what they need when they are first called, which a
     capture would not allow, and work that never comes again is not worth one. They do so in every thread: cuBLAS and
-    cuDNN have handles for each, and cuDNN plans, too.
+    cuDNN have handles for each, and cuDNN plans, too. What cannot be captured runs as it is for good, with a warning.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._seen: set[tuple[int, Hashable]] = set()
-        self._captured: dict[Hashable, _Captured] = {}
+        self._captured: dict[Hashable, _Captured | None] = {}
 
     @torch.inference_mode(False)  # in which tensors would be made that a later caller outside of it cannot write to
     @torch.no_grad()
     def launch(self, key: Hashable, work: Work, *inputs: Tensor) -> tuple[Tensor, ...]:
         """As Launcher.launch."""
+        seen = get_ident(), key
+        if key not in self._captured and seen in self._seen:
+            self._captured[key] = self._capture(work, inputs)
         captured = self._captured.get(key)
         if captured is None:
-            seen = get_ident(), key
-            if seen not in self._seen:
-                outputs = work(*inputs)
-                self._seen.add(seen)
-                return outputs
-            captured = self._captured[key] = self._capture(work, inputs)
+            outputs = work(*inputs)
+            self._seen.add(seen)
+            return outputs
         for place, given in zip(captured.inputs, inputs, strict=True):
             place.copy_(given)
         captured.graph.replay()
         return tuple(output.clone() for output in captured.outputs)
 
-    def _capture(self, work: Work, inputs: tuple[Tensor, ...]) -> _Captured:
+    def _capture(self, work: Work, inputs: tuple[Tensor, ...]) -> _Captured | None:
         places = tuple(given.clone() for given in inputs)
-        graph, outputs = self._recorder.record(lambda: work(*places))
+        try:
+            graph, outputs = self._recorder.record(lambda: work(*places))
+        except RuntimeError as error:
+            warnings.warn(f"a part of the stream runs uncaptured, which is slower: {error}", stacklevel=2)
+            return None
         return _Captured(graph, places, outputs)
 
 
@@ -106,7 +111,7 @@ class CudaRecorder:
     def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
         """As Recorder.record. It waits for nothing, unlike torch.cuda.graph, so the GPU stays busy meanwhile.
 
-        Only where memory is short: during a capture, torch does not let go of what it keeps for reuse.
+        Where memory is short it does wait, and tries again: a capture cannot take back what torch keeps for reuse.
         """
         with suppress(torch.OutOfMemoryError):
             return self._record(work)

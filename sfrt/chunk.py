@@ -44,6 +44,8 @@ class Timings:
 class Chunk:
     """One delivered chunk: uint8 pixel frames [F, H, W, 3] on the host, latents [T, C, h, w] float32 on the device.
 
+    Frames from a GPU lie in pinned memory, which nobody else can have; copy what is to be kept for long.
+
     slots says what is in the ring: for each slot the number of its latent frame in the video, this chunk's with them,
     None where there is none. receipt is that of the prompt switch that took effect with it, if one did. previews, for a
     session that is watched, are what each step took the chunk's last latent frame to be, uint8 [steps, H, W, 3].

@@ -67,7 +67,7 @@ class GpuLane:
         """As Lane.to_host: pinned memory, which the GPU writes by itself."""
         host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
         host.copy_(frames, non_blocking=True)
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event(blocking=True)  # a wait that leaves the core to others
         arrived.record(self._stream)
         return host, arrived.synchronize
 

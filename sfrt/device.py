@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -77,9 +77,13 @@ def require_memory(needed: int, what: str, device: torch.device, parts: str = ""
 
 @contextmanager
 def memory_told(what: str, device: torch.device) -> Iterator[None]:
-    """Turn torch running out of memory into a DeviceError that names what ran out."""
+    """Turn torch running out of memory into a DeviceError that names what ran out.
+
+    Within it, a GPU is the current one, as that is where kernels are launched.
+    """
     try:
-        yield
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             f"{what} ran out of memory on {device}; use a smaller resolution, window or dtype, or another device"

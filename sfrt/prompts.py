@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import get_args
 
 import torch
@@ -80,7 +81,8 @@ class Prompts:
             self._encoder = encoder
         elif self._device.type == "cuda":
             del encoder
-            torch.cuda.empty_cache()  # what torch would keep for itself is as much again as the model
+            with suppress(RuntimeError):  # a stream's thread may be capturing, and torch then lets nothing go
+                torch.cuda.empty_cache()  # what it would keep for itself is as much again as the model
         return embeds
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sfrt.backends import Grid, Rollout
 from sfrt.backends.loading import choose_backend, decoder_of, ops_for, text_encoder_of, transformer_of
-from sfrt.backends.memory import Need, Setting, stream_need, weights_need, whole_need
+from sfrt.backends.memory import Need, Setting, stream_need, text_encoder_need, weights_need, whole_need
 from sfrt.backends.spare import Spare
 from sfrt.bundle import Bundle, Manifest, resolve_model
 from sfrt.config import Placement, StreamConfig
@@ -85,7 +85,8 @@ class Runtime:
         self._prompts = self._prompts_of(text_encoder, prompt_cache)
         self.text_encoder: Placement = self._prompts.placement
         self._lane = lane_for(self.device)
-        self._spare = Spare() if self.device.type == "cuda" else None
+        # Other backends multiply what a mask hides: there a stream that went wrong would spoil the next one.
+        self._spare = Spare() if self.device.type == "cuda" and self.backend == "torch" else None
         self._reading = Lock()  # a prompt may be switched from another thread than its stream's
         self._id = ModelId.of(self.manifest, self.backend, dtype_name(self.dtype))
         where = self.device, self.dtype
@@ -162,6 +163,8 @@ class Runtime:
             with self.session(nothing, stream=stream, limit=limit) as session:
                 for _ in zip(range(filling + 2), session, strict=False):
                     pass
+            with self.session(nothing, stream=stream, limit=limit, first_frame=lambda frame: None) as session:
+                next(session)
 
     def memory(self, stream: StreamConfig | None = None) -> Need:
         """What this model takes on its device with one stream, None being its own; by part, in bytes."""
@@ -198,16 +201,13 @@ class Runtime:
         """What a session runs on, with a fresh ring."""
         grid, need = Grid.of(self.manifest.model, stream), stream_need(self.manifest, stream, self._setting, ring)
         kind = (grid, ring, sizes, timesteps_of(stream, strength))
-        fresh = partial(self._transformer.rollout, *kind)
-        rollout = None if self._spare is None else self._spare.take(kind)
-        needed = need if rollout is None else need.without("ring", "prompt")
-        needed.require(f"a stream with a ring of {ring.slots} latent frames", self.device)
+        rollout = partial(self._rollout, kind, need)
         return Stage(
             model=self.manifest.model,
             stream=stream,
             grid=grid,
             device=self.device,
-            rollout=rollout or fresh(),
+            rollout=rollout(),
             ring=ring,
             noise=philox_noise(seed, grid, self.manifest.model, self.device),
             decoder=self._decoder,
@@ -215,8 +215,18 @@ class Runtime:
             strength=strength,
             ops=self.ops,
             lane=self._lane,
-            origin=Origin(self._id, seed, self._embeddings, fresh, partial(self._give_back, kind, need)),
+            origin=Origin(self._id, seed, self._embeddings, rollout, partial(self._give_back, kind, need)),
         )
+
+    def _rollout(self, kind: tuple[Grid, Ring, ChunkSizes, tuple[float, ...]], need: Need) -> Rollout:
+        """The spare one where it is of this kind, else a fresh one."""
+        spare, what = None, f"a stream with a ring of {kind[1].slots} latent frames"
+        if self._spare is not None and self._spare.size:
+            spare = self._spare.take(kind)
+            if spare is None:
+                torch.cuda.empty_cache()  # what its graphs computed in is of no other use
+        (need if spare is None else need.without("ring", "prompt")).require(what, self.device)
+        return spare or self._transformer.rollout(*kind)
 
     def _give_back(self, kind: Hashable, need: Need, rollout: Rollout) -> None:
         """Keep a rollout for the next stream, on a GPU: what was captured over it would take a while to have again."""
@@ -237,6 +247,10 @@ class Runtime:
         """This model's prompts; its text encoder is loaded when the first one comes that is not known."""
 
         def load(device: torch.device) -> TextEncoder:
+            free, needed = free_bytes(device), text_encoder_need(self.manifest).total
+            if self._spare is not None and free is not None and needed > free:
+                self._spare.clear()
+                torch.cuda.empty_cache()
             return text_encoder_of(self._bundle, self.backend, device, verify=self._verify)
 
         cache = cache_for(self.manifest, self.backend, self.device, placement) if cached else PromptCache(None, ())

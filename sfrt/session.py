@@ -18,7 +18,7 @@ from torch import Tensor
 from sfrt.chunk import Chunk, Underway, deliver, preview
 from sfrt.context import Brake, Context
 from sfrt.decoders.taehv import TIME
-from sfrt.denoising import denoise_chunk
+from sfrt.denoising import Denoised, denoise_chunk
 from sfrt.device import memory_told
 from sfrt.errors import ConfigError, SnapshotError
 from sfrt.metrics import Stopwatch
@@ -27,7 +27,7 @@ from sfrt.ring import chunk_sizes
 from sfrt.snapshot import CleanFrame, Moment, Saved, Settings, write_snapshot
 from sfrt.stage import Stage
 from sfrt.switching import How, Switch, Text, check_switch
-from sfrt.timesteps import steps_of
+from sfrt.timesteps import Step, steps_of
 
 
 class Session:
@@ -205,7 +205,8 @@ class Session:
 
     def __next__(self) -> Chunk:
         ahead = self._stage is not None and self._ahead and self._stage.lane.beside
-        while len(self._underway) <= ahead and self._begin():
+        wanted = 2 if ahead else 1
+        while len(self._underway) < wanted and self._begin():
             pass
         if not self._underway:
             raise StopIteration
@@ -226,14 +227,7 @@ class Session:
             frames = _coming(at, self._sizes.first if first else self._sizes.later)
             if stage.source is not None and not stage.source.pull(len(frames)):
                 return False
-            watch.mark("start")
-            given = None if stage.source is None else tokens_from_latents(stage.source.latents(), stage.model)
-            watch.mark("encoded")
-            self._context.place(frames)
-            steps = self._first_steps if first else self._steps
-            made = denoise_chunk(stage, frames, steps, given, self._brake.check, watched=self.watched)
-            watch.mark("denoised")
-            self._brake.check()
+            made = self._denoise(stage, frames, self._first_steps if first else self._steps)
             early = self._first_frame if first and stage.decoder is not None else None
             parts = made.latents.tensor_split([] if early is None or len(frames) == 1 else [1])
             deliveries = deliver(stage, parts, at.decoder, watch)
@@ -256,6 +250,17 @@ class Session:
         if stage.source is not None:
             stage.source.advance()
         return True
+
+    def _denoise(self, stage: Stage, frames: range, steps: tuple[Step, ...]) -> Denoised:
+        """These frames of the video, from noise or from their source's frames."""
+        self._watch.mark("start")
+        given = None if stage.source is None else tokens_from_latents(stage.source.latents(), stage.model)
+        self._watch.mark("encoded")
+        self._context.place(frames)
+        made = denoise_chunk(stage, frames, steps, given, self._brake.check, watched=self.watched)
+        self._watch.mark("denoised")
+        self._brake.check()
+        return made
 
     def _take_back(self) -> None:
         """Give up the chunks that nobody has seen."""

@@ -136,7 +136,7 @@ def stream_need(manifest: Manifest, stream: StreamConfig, setting: Setting, ring
         decode = _decode_bytes(config, stream.chunk, stream.height * stream.width, size)
         parts["decoder state"] = 2 * state  # that before a chunk is there until the chunk is delivered
         captured += decode + 2 * state if isinstance(config, TaehvConfig) else 0
-        work = max(work, decode)
+        work = work + decode if setting.on_gpu else max(work, decode)  # there a refresh pass runs beside it
     if setting.on_gpu and setting.backend == "torch":
         parts["graphs"] = captured  # memory that is theirs between their runs, too
     return Need({**parts, "work space": work})

@@ -25,6 +25,10 @@ class Spare:
         kept, self._kept = self._kept, None
         return kept[1] if kept is not None and kept[0] == kind else None
 
+    def clear(self) -> None:
+        """Make room."""
+        self._kept = None
+
     @property
     def size(self) -> int:
         """The bytes that are had back when another kind is asked for."""
