@@ -37,6 +37,7 @@ from sfrt_train.data import (
 )
 from sfrt_train.forcing import ClipPass
 from sfrt_train.loop import weights_of
+from sfrt_train.material import MadeUp
 from sfrt_train.model import VideoModel, trained_model
 from sfrt_train.reader import motion_of, read_scene
 from sfrt_train.settings import Loss, Settings
@@ -255,7 +256,8 @@ def test_self_forcing_trains_by_the_other_losses(trained: Path, tmp_path: Path, 
 
 
 def test_a_long_rollout_is_judged_from_a_picture_on(trained: Path) -> None:
-    roller = self_forcing.Roller(MICRO, trained, "cpu", MICRO.stream, long_share=1.0)
+    settings = replace(MICRO, self_forcing=replace(MICRO.self_forcing, long_share=1.0))
+    roller = self_forcing.Roller(settings, MadeUp(settings, trained, "cpu"), "cpu")
     model = trained_model(MICRO, trained, pairs.NAME, "cpu")
     model.transformer.requires_grad_(True)
     rolled = roller.roll(model, rng(8), trained=True)

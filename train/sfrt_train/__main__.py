@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import torch
 
-from sfrt_train import autoencoder, evaluate, export, gap
+from sfrt.errors import SfrtError
+from sfrt_train import autoencoder, commands, evaluate, export, gap
 from sfrt_train.settings import Loss, Settings
 from sfrt_train.stages import COMPARED, STAGES
 
@@ -17,10 +20,21 @@ VERBS = ("all", "baselines", *STAGES, "export", "evaluate", "gap")
 
 
 def main() -> None:
-    """Parse the command line and run the verb."""
+    """Run what the command line says; an error that its writer can cure is one line, and status 2."""
+    arguments = sys.argv[1:]
+    try:
+        (commands.main if arguments[:1] and arguments[0] in commands.VERBS else recipe)(arguments)
+    except SfrtError as error:
+        print(f"sfrt_train: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def recipe(given: Sequence[str]) -> None:
+    """Parse and run a verb of the recipe."""
     parser = argparse.ArgumentParser(
         prog="sfrt_train",
-        description=f"{__doc__} `baselines` trains what the model is compared with: {', '.join(COMPARED)}.",
+        description=f"{__doc__} `baselines` trains what the model is compared with: {', '.join(COMPARED)}. "
+        f"Other models: `{'`, `'.join(commands.VERBS)}`, each with a --help of its own.",
     )
     parser.add_argument("verb", choices=VERBS)
     parser.add_argument("--folder", type=Path, default=Path("runs/shapes"), help="checkpoints, logs, pools of clips")
@@ -36,7 +50,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="JSON file for the evaluation, or for gap [FOLDER/gap.json]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     settings = Settings()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from sfrt.decoders.taehv import Taehv
 from sfrt.ops.layout import tokens_from_latents
-from sfrt.text import Tokenizer
+from sfrt.text import Tokenizer, Umt5Encoder
 from sfrt_train import autoencoder
 from sfrt_train.data import Clip, Scene, make_clip, say, split_scenes, switched_scene
 from sfrt_train.loop import save
@@ -25,12 +26,40 @@ _LATEST = 8
 """Chunks that may have passed before a late clip begins: a lap on the torus, or round the circle."""
 
 
+class Told(Protocol):
+    """What B videos are told: two prompts each, and which of the two each of their chunks follows, [B, G]."""
+
+    @property
+    def chunks(self) -> Tensor: ...
+
+    def last(self, count: int) -> Told:
+        """The same of the last chunks."""
+
+    def unprompted(self) -> Told:
+        """No prompt for the same videos: the other half of classifier-free guidance."""
+
+    def to(self, device: str) -> Told: ...
+
+    def embeds(self, encoder: Umt5Encoder | None) -> Tensor:
+        """The two prompts' embeddings [B, 2, S, text_dim]; the encoder reads what is not embedded yet."""
+
+
 @dataclass(frozen=True)
 class Prompts:
     """The ids of B videos' two prompts [B, 2, S] (0: padding), and which of the two each chunk follows [B, G]."""
 
     ids: Tensor
     chunks: Tensor
+
+    def unprompted(self) -> Prompts:
+        """Ids that are all padding, as the judge learned it."""
+        return Prompts(torch.zeros_like(self.ids), self.chunks)
+
+    def embeds(self, encoder: Umt5Encoder | None) -> Tensor:
+        assert encoder is not None, "ids are read by a text encoder"
+        flat = self.ids.flatten(0, 1)
+        embeds: Tensor = encoder(flat, flat != 0).unflatten(0, self.ids.shape[:2])
+        return embeds
 
     def last(self, count: int) -> Prompts:
         """Those of the last chunks."""

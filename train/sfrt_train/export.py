@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -30,25 +32,33 @@ def export(settings: Settings, folder: Path, target: Path, stage: str = "self_fo
     ConfigError where what makes graphs is missing.
     """
     require_onnx()
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise BundleError(f"{target} is no bundle, so it is not replaced; choose another output folder")
-    trained, said = weights_of(folder, stage), manifest(settings, stage)
-    fresh = target.with_name(f"{target.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with BundleWriter(fresh) as writer:
+    said = manifest(settings, stage)
+    with replacing(target) as writer:
+        trained = weights_of(folder, stage)
         writer.add_tensors("transformer", _part(trained, "transformer."))
         writer.add_tensors("text_encoder", _part(trained, "text_encoder."))
         writer.add_tensors("decoder", _part(autoencoder.load(settings, folder, "cpu").state_dict(), ""))
         writer.add_tokenizer(make_tokenizer(settings, folder))
         writer.add_graphs(partial(bundle_graphs, said))
         writer.finish(said)
+    return Bundle.open(target)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[BundleWriter]:
+    """Write a bundle, to be finished within; one at `target` is replaced then. Raises BundleError for anything else."""
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise BundleError(f"{target} is no bundle, so it is not replaced; choose another output folder")
+    fresh = target.with_name(f"{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with BundleWriter(fresh) as writer:
+        yield writer
     before = target.with_name(f"{target.name}.old")
     if target.exists():
         target.rename(before)  # there until the new one is in its place
     fresh.rename(target)
     shutil.rmtree(before, ignore_errors=True)
-    return Bundle.open(target)
 
 
 def manifest(settings: Settings, stage: str) -> Manifest:

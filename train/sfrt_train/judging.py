@@ -10,8 +10,7 @@ Shapes: B videos, G chunks, L tokens a chunk, P features a token, D the transfor
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfrt_train.clips import Clips, Prompts
+from sfrt_train.clips import Told
 from sfrt_train.flow import normals
 from sfrt_train.forcing import ClipPass
 from sfrt_train.loop import Losses
-from sfrt_train.model import VideoModel
-from sfrt_train.settings import SelfForcingSettings, Settings
+from sfrt_train.model import PromptedTransformer, untrained
+from sfrt_train.settings import SelfForcingRun, SelfForcingSettings
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Rolled:
     """Videos [B, G, L, P] and their prompts; where the first chunk is given, it is seen as it is and not judged."""
 
     video: Tensor
-    prompts: Prompts
+    prompts: Told
     given: bool = False
 
     @property
@@ -41,6 +40,25 @@ class Rolled:
         """bool [G]: the chunks that are."""
         chunks = torch.arange(self.video.shape[1], device=self.video.device)
         return chunks >= int(self.given)
+
+
+class Clips(Protocol):
+    """Videos [B, G, L, P] and what they were told."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def prompts(self) -> Told: ...
+
+
+class Pool(Protocol):
+    """Real videos, which the GAN alone compares with."""
+
+    def __len__(self) -> int: ...
+
+    def pick(self, index: Tensor, length: int, device: str) -> Clips:
+        """The first `length` chunks of some of them, in float32."""
 
 
 class Judging(Protocol):
@@ -57,13 +75,23 @@ class Judging(Protocol):
         """The gradient goes to the critic alone."""
 
 
-def judging_for(settings: Settings, judge: VideoModel, real: Callable[[bool], Clips], device: str) -> Judging:
-    """The one that the settings name. real(late) is a pool of clips, which the GAN alone asks for."""
-    own, clip_pass = settings.self_forcing, ClipPass.of("none", settings, settings.clips.chunks, device)
+def judging_for(
+    settings: SelfForcingRun,
+    judge: PromptedTransformer,
+    real: Callable[[bool], Pool],
+    device: str,
+    critic: PromptedTransformer | None = None,
+) -> Judging:
+    """The one that the settings name.
+
+    real(late) is a pool of clips, which the GAN alone asks for. The critic is trained; None is a copy of the judge.
+    """
+    own, clip_pass = settings.self_forcing, ClipPass.of("none", settings, settings.chunks, device)
+    critic = critic or copy.deepcopy(judge)
     if own.loss == "gan":
-        return Gan(Discriminator(judge, clip_pass), (real(False), real(True)), own, settings.stream.shift)
+        return Gan(Discriminator(critic, clip_pass), (real(False), real(True)), own, settings.stream.shift)
     kind: type[Dmd | Sid] = Dmd if own.loss == "dmd" else Sid
-    return kind(judge, clip_pass, own, settings.stream.shift)
+    return kind(judge, critic, clip_pass, own, settings.stream.shift)
 
 
 @dataclass(frozen=True)
@@ -93,8 +121,15 @@ def judged_levels(
 class _Scores:
     """The real and the fake score, each as the clean video that a network sees in a noised one."""
 
-    def __init__(self, judge: VideoModel, clip_pass: ClipPass, own: SelfForcingSettings, shift: float) -> None:
-        self.critic = copy.deepcopy(judge).requires_grad_(False)
+    def __init__(
+        self,
+        judge: PromptedTransformer,
+        critic: PromptedTransformer,
+        clip_pass: ClipPass,
+        own: SelfForcingSettings,
+        shift: float,
+    ) -> None:
+        self.critic = critic.requires_grad_(False)
         self.critic.transformer.requires_grad_(True)
         self._judge, self._pass, self._own, self._shift = judge, clip_pass, own, shift
 
@@ -110,20 +145,20 @@ class _Scores:
         sigma = judged_levels(len(rolled.video), rng, self._own, self._shift, device)
         return noised(rolled, sigma, normals(tuple(rolled.video.shape), rng, device))
 
-    def _flow(self, model: VideoModel, at: Noised, prompts: Prompts) -> Tensor:
+    def _flow(self, model: PromptedTransformer, at: Noised, prompts: Told) -> Tensor:
         text = model.text_kv(prompts)
         return self._pass.flow(model.transformer, at.tokens, 1000 * at.sigma, text)
 
-    def _clean(self, model: VideoModel, at: Noised, prompts: Prompts) -> Tensor:
+    def _clean(self, model: PromptedTransformer, at: Noised, prompts: Told) -> Tensor:
         return at.tokens - at.sigma[..., None, None] * self._flow(model, at, prompts)
 
-    def _real(self, at: Noised, prompts: Prompts) -> Tensor:
+    def _real(self, at: Noised, prompts: Told) -> Tensor:
         """With classifier-free guidance, where there is any."""
         conditional = self._clean(self._judge, at, prompts)
         if not self._own.guidance:
             return conditional
-        unprompted = Prompts(torch.zeros_like(prompts.ids), prompts.chunks)
-        return conditional + self._own.guidance * (conditional - self._clean(self._judge, at, unprompted))
+        unprompted = self._clean(self._judge, at, prompts.unprompted())
+        return conditional + self._own.guidance * (conditional - unprompted)
 
 
 class Dmd(_Scores):
@@ -142,7 +177,7 @@ class Sid(_Scores):
 
     def generator_losses(self, rolled: Rolled, rng: np.random.Generator) -> Losses:
         at = self._noised(rolled, rng)
-        with _frozen(self.critic):
+        with untrained(self.critic):
             real, fake = self._real(at, rolled.prompts), self._clean(self.critic, at, rolled.prompts)
         video, real, fake = (part[:, rolled.judged] for part in (rolled.video, real, fake))
         loss, apart = sid_loss(video, real, fake, self._own.sid_alpha)
@@ -177,12 +212,13 @@ def _scale(video: Tensor, real: Tensor) -> Tensor:
 class Discriminator(nn.Module):
     """Logits of whole noised videos: a register token for each tapped layer gathers from all tokens what it needs."""
 
-    def __init__(self, judge: VideoModel, clip_pass: ClipPass) -> None:
+    def __init__(self, critic: PromptedTransformer, clip_pass: ClipPass) -> None:
+        """What it learns from the critic's features, and the critic itself, are trained together."""
         super().__init__()
-        self.model = copy.deepcopy(judge).requires_grad_(False)
+        self.model = critic.requires_grad_(False)
         self.model.transformer.requires_grad_(True)
         self._pass = clip_pass
-        config = judge.transformer.config
+        config = critic.transformer.config
         count, dim = config.num_layers, config.dim
         self._tapped = sorted({(count - 1) // 3, 2 * (count - 1) // 3, count - 1})
         self.registers = nn.ParameterList(nn.Parameter(0.02 * torch.randn(1, 1, dim)) for _ in self._tapped)
@@ -193,9 +229,9 @@ class Discriminator(nn.Module):
         self.head = nn.Sequential(
             nn.LayerNorm(len(self._tapped) * dim), nn.Linear(len(self._tapped) * dim, dim), nn.SiLU(), nn.Linear(dim, 1)
         )
-        self.to(next(judge.parameters()).device)
+        self.to(next(critic.parameters()).device)
 
-    def forward(self, tokens: Tensor, sigma: Tensor, prompts: Prompts) -> Tensor:
+    def forward(self, tokens: Tensor, sigma: Tensor, prompts: Told) -> Tensor:
         """[B] from noised videos [B, G, L, P], their levels [B, G] and prompts."""
         text = self.model.text_kv(prompts)
         found = self._pass.features(self.model.transformer, tokens, 1000 * sigma, text, self._tapped)
@@ -210,15 +246,13 @@ class Discriminator(nn.Module):
 class Gan:
     """A relativistic GAN (arXiv 2501.05441) with R1 and R2 in their approximate form (arXiv 2501.08316)."""
 
-    def __init__(
-        self, critic: Discriminator, pools: tuple[Clips, Clips], own: SelfForcingSettings, shift: float
-    ) -> None:
+    def __init__(self, critic: Discriminator, pools: tuple[Pool, Pool], own: SelfForcingSettings, shift: float) -> None:
         """The pools are clips as they begin, and clips from the middle of longer ones."""
         self.critic = critic
         self._pools, self._own, self._shift = pools, own, shift
 
     def generator_losses(self, rolled: Rolled, rng: np.random.Generator) -> Losses:
-        with _frozen(self.critic):
+        with untrained(self.critic):
             real, fake, _, _ = self._logits(rolled, rng)
         return {"loss": F.softplus(real.detach() - fake).mean(), "apart": (real - fake).mean()}
 
@@ -231,7 +265,7 @@ class Gan:
 
     def _logits(
         self, rolled: Rolled, rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor, tuple[Noised, Prompts], tuple[Noised, Prompts]]:
+    ) -> tuple[Tensor, Tensor, tuple[Noised, Told], tuple[Noised, Told]]:
         """Of real and generated videos, in pairs of one noise level; and what they were given for."""
         count, chunks = rolled.video.shape[:2]
         device, pool = rolled.video.device, self._pools[rolled.given]
@@ -244,22 +278,9 @@ class Gan:
         real, fake = (self.critic(at.tokens, at.sigma, prompts) for at, prompts in pair)
         return real, fake, pair[0], pair[1]
 
-    def _roughness(self, logits: Tensor, at: Noised, prompts: Prompts, rng: np.random.Generator) -> Tensor:
+    def _roughness(self, logits: Tensor, at: Noised, prompts: Told, rng: np.random.Generator) -> Tensor:
         """How much the logits change with a little noise, for its size."""
         amount = self._own.penalty_noise
         moved = at.tokens + amount * normals(tuple(at.tokens.shape), rng, at.tokens.device)
         changes: Tensor = (self.critic(moved, at.sigma, prompts) - logits) / amount
         return changes.square().mean()
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Gradients go through the module, not to it."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -27,9 +27,9 @@ from sfrt.ops.rolling_kv import QKV
 from sfrt.ops.shift_keys import shift_keys
 from sfrt.ring import ChunkPlan, Ring, chunk_sizes, ring_for
 from sfrt.timesteps import Step, steps_of, timesteps_of
-from sfrt.transformer import TextKV, Transformer, rotary_phases
-from sfrt_train.clips import Prompts
-from sfrt_train.model import VideoModel, of_chunks, plain_attention
+from sfrt.transformer import Attend, TextKV, Transformer, rotary_phases
+from sfrt_train.clips import Told
+from sfrt_train.model import PromptedTransformer, of_chunks, plain_attention
 
 
 class BatchRing:
@@ -48,17 +48,26 @@ class BatchRing:
         past = self.ring.context(plan.frames.start, len(plan.frames))
         sinks = sum(frame < self.ring.sink for frame in past)
         slots = self._elements(map(self.ring.slot, past))
+        self._past = []  # let go of the last one first
         self._past = [self._seen(k[:, :, slots], v[:, :, slots], sinks, plan.sink_shift) for k, v in self._layers]
         self._own = self._elements(map(self.ring.slot, plan.frames))
 
-    def attend(self, layer: int, qkv: QKV, rows: slice) -> Tensor:
-        """Some streams' chunk attends to their past and itself, [rows, L, H, d]."""
-        q, k, v = qkv.split()
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if self._past:
-            past_k, past_v = self._past[layer]
-            k, v = torch.cat((past_k[rows], k), dim=2), torch.cat((past_v[rows], v), dim=2)
-        return attention(q, k, v)
+    def attend(self, rows: slice) -> Attend:
+        """How some streams' chunk attends to their past and itself, [rows, L, H, d].
+
+        It sees this chunk's past even where it is called again later: as gradient checkpointing does.
+        """
+        past = self._past
+
+        def attend(layer: int, qkv: QKV) -> Tensor:
+            q, k, v = qkv.split()
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+            if past:
+                past_k, past_v = past[layer]
+                k, v = torch.cat((past_k[rows], k), dim=2), torch.cat((past_v[rows], v), dim=2)
+            return attention(q, k, v)
+
+        return attend
 
     def write(self, layer: int, qkv: QKV) -> None:
         """Put the keys and values of all streams' chunk into their slots."""
@@ -116,7 +125,7 @@ class _Chunk:
 class Rollout:
     """Streams that differ in their noise and prompts, chunk by chunk."""
 
-    def __init__(self, model: VideoModel, stream: StreamConfig, prompts: Prompts, seeds: Sequence[int]) -> None:
+    def __init__(self, model: PromptedTransformer, stream: StreamConfig, prompts: Told, seeds: Sequence[int]) -> None:
         """As many chunks as the prompts are for; seeds [B] are as a session takes them.
 
         Raises ConfigError for a stream that is refreshed in another way than by rolling on.
@@ -207,21 +216,18 @@ class Rollout:
     def _refresh(self, chunk: _Chunk, tokens: Tensor) -> None:
         """Leave the keys and values of clean tokens [B, L, P] in the ring."""
         ring = self._ring
+        seen = ring.attend(slice(None))
 
         def attend(layer: int, qkv: QKV) -> Tensor:
             ring.write(layer, qkv)
-            return ring.attend(layer, qkv, slice(None))
+            return seen(layer, qkv)
 
         modulation = self._modulations[self._stream.context_noise]
         self._model.refresh(tokens, modulation, chunk.rotary, chunk.text, attend, ring.write)
 
     def _flow(self, chunk: _Chunk, x: Tensor, step: Step, rows: slice) -> Tensor:
         """The flow of some of the streams, [rows, L, P]."""
-
-        def attend(layer: int, qkv: QKV) -> Tensor:
-            return self._ring.attend(layer, qkv, rows)
-
         text = TextKV(chunk.text.k[:, rows], chunk.text.v[:, rows])
         with plain_attention(self._device) if torch.is_grad_enabled() else nullcontext():
-            flow: Tensor = self._model(x, self._modulations[step.timestep], chunk.rotary, text, attend)
+            flow: Tensor = self._model(x, self._modulations[step.timestep], chunk.rotary, text, self._ring.attend(rows))
         return flow

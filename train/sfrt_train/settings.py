@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from sfrt.config import ModelConfig, StreamConfig, TaehvConfig, Umt5Config
+from sfrt.errors import ConfigError
 
 Forcing = Literal["teacher", "diffusion", "none"]
 """The past that a chunk is trained with: see sfrt_train.forcing."""
 Loss = Literal["dmd", "sid", "gan"]
 """What a rolled-out video is judged by: see sfrt_train.judging."""
+Precision = Literal["bfloat16", "float32"]
+"""What passes compute in; the weights that are trained are float32 in any case."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,57 @@ class SelfForcingSettings:
     ema: float = 0.98
     ema_from: int = 40
     """The step from which on weights are averaged."""
+    precision: Precision = "bfloat16"
+    log_every: int = 5
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch",
+            "critic_updates",
+            "learning_rate",
+            "critic_learning_rate",
+            "log_every",
+            "checkpoint_seconds",
+        ):
+            value = getattr(self, name)
+            _require(value > 0, f"{name} is {value}; it must be positive")
+        for name in ("warmup", "weight_decay", "guidance", "penalty", "ema_from"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}; it must not be negative")
+        for name in ("long_share", "switch_share", "decay"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name} is {value}; it is a share, between 0 and 1")
+        for beta in (*self.betas, self.ema):
+            _require(0 <= beta < 1, f"betas {list(self.betas)} and ema {self.ema} must lie in [0, 1)")
+        low, high = self.levels
+        _require(0 < low < high < 1, f"levels {list(self.levels)} must ascend between 0 and 1")
+        _require(self.penalty_noise > 0, f"penalty_noise is {self.penalty_noise}; it must be positive")
+
+
+class Shaped(Protocol):
+    """The shape of a model and of the stream it is for."""
+
+    @property
+    def transformer(self) -> ModelConfig: ...
+
+    @property
+    def stream(self) -> StreamConfig: ...
+
+
+class SelfForcingRun(Shaped, Protocol):
+    """What Self Forcing is told, by this recipe's Settings or by those of a fine-tuning (sfrt_train.finetune)."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def chunks(self) -> int:
+        """Of a video as it is judged."""
+
+    @property
+    def self_forcing(self) -> SelfForcingSettings: ...
 
 
 @dataclass(frozen=True)
@@ -179,7 +233,17 @@ class Settings:
     pairs: PairsSettings = field(default_factory=PairsSettings)
     self_forcing: SelfForcingSettings = field(default_factory=SelfForcingSettings)
 
+    @property
+    def chunks(self) -> int:
+        """Of a clip."""
+        return self.clips.chunks
+
     def euler(self, steps: int) -> StreamConfig:
         """The stream of a model trained by flow matching alone, with so many steps."""
         listed = tuple(1000.0 * (steps - i) / steps for i in range(steps))
         return replace(self.stream, steps=listed, sampler="euler")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
