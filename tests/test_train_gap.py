@@ -86,7 +86,9 @@ def test_what_is_watched_is_what_streams(trained: Path) -> None:
 
 def test_the_gap_is_written_with_every_seed(trained: Path, tmp_path: Path) -> None:
     table = gap.measure(BRIEF, trained, "cpu", tmp_path / "gap.json", prompts=2, seeds=2, times=2)
-    assert [line.split("|")[2].strip() for line in table.splitlines()[2:]] == 2 * ["1×", "2×"], "with many steps and few"
+    assert [line.split("|")[2].strip() for line in table.splitlines()[2:]] == 2 * ["1×", "2×"], (
+        "with many steps and few"
+    )
     report = json.loads((tmp_path / "gap.json").read_text())
     assert report["trained_latent_frames"] == 9
     assert [(row["seed"], row["times"]) for row in report["means"]] == 2 * [(0, 1), (0, 2), (1, 1), (1, 2)]
