@@ -50,3 +50,16 @@ def test_peak_memory_is_this_programs_own() -> None:
     np.ones(256 << 20, np.uint8)  # a program started from here does not inherit this peak
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert 1 << 20 < int(child.stdout) < 256 << 20 <= (machine.peak_memory() or 0)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps what is freed as it likes")
+def test_what_was_freed_is_given_back() -> None:
+    """Pieces too small to be mapped each by itself, below one that stays."""
+    pieces = [bytearray(100_000) for _ in range(400)]
+    held, stays = machine.resident_memory(), pieces.pop()
+    assert held is not None
+    del pieces
+    machine.give_back_memory()
+    left = machine.resident_memory()
+    assert left is not None and held - left > 25 << 20
+    assert stays[0] == 0

@@ -22,6 +22,7 @@ from sfrt.engine.cost import Costs, Kind
 from sfrt.engine.stream import State, Stream, Streamable, StreamStats
 from sfrt.engine.worker import Job, Worker
 from sfrt.errors import AdmissionError, Cancelled
+from sfrt.machine import give_back_memory
 from sfrt.runtime import Runtime
 from sfrt.scheduler import Demand, Lane, Policy, Scheduler, Tally, load, utilisation
 from sfrt.session import Session
@@ -278,6 +279,7 @@ class Engine:
             _clear_frames(error)
         with suppress(Exception):  # what has failed may fail to close, too
             place.stream.session.close()
+        give_back_memory()
         with self._worker.lock:
             place.stream.finish(state, error)
             self._scheduler.remove(place.lane)
