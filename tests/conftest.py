@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from math import inf
 from pathlib import Path
@@ -26,6 +27,8 @@ settings.register_profile("sfrt", deadline=None)
 settings.load_profile("sfrt")
 
 TESTS = Path(__file__).parent
+# bench/ is no part of the wheel. Last, so that sfrt itself is what was installed.
+sys.path.append(str(TESTS.parent))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
