@@ -141,7 +141,7 @@ def test_the_inspector_shows_the_ring_and_the_figures(open_page: Callable[..., P
     page = open_page()
     wait_for(page, "document.querySelectorAll('#ring .slot.seen').length === 6")
     assert page.locator("#ring .slot.written").count() == 3
-    assert page.locator("#steps .removed").count() == 8
+    assert page.locator("#steps .removed").count() == 4
     assert page.locator("#latency .denoise").count() >= 3
     assert page.inner_text("#attained").endswith("%")
     assert "MiB" in page.inner_text("#memory") or "GiB" in page.inner_text("#memory")
@@ -271,14 +271,14 @@ def test_where_browsers_keep_the_camera_a_clip_can_be_filmed(open_page: Callable
 
 def test_the_steps_are_previewed_while_they_can_be_seen(open_page: Callable[..., Page], shots: Path) -> None:
     page = open_page()
-    wait_for(page, "document.querySelectorAll('#previews canvas').length === 8")
+    wait_for(page, "document.querySelectorAll('#previews canvas').length === 4")
     page.locator("#steps-panel").screenshot(path=shots / "serve-steps.png")
     page.context.close()
     phone = open_page(viewport={"width": 390, "height": 600}, is_mobile=True)
     phone.wait_for_timeout(1500)
     assert phone.locator("#previews canvas").count() == 0
     phone.locator("#steps-panel").scroll_into_view_if_needed()
-    wait_for(phone, "document.querySelectorAll('#previews canvas').length === 8")
+    wait_for(phone, "document.querySelectorAll('#previews canvas').length === 4")
 
 
 def test_a_moment_is_kept_and_come_back_to(open_page: Callable[..., Page]) -> None:
