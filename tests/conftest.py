@@ -47,6 +47,15 @@ def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests that compare two models' bytes: how work is shared out between threads may round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Reference inputs and outputs; tests/golden/README.md says what is in it."""

@@ -34,6 +34,8 @@ from sfrt.denoising import KernelNoise
 from sfrt.noise import seed_bits
 from sfrt.stage import PhiloxNoise, Stage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT, OTHER = "a red circle moving left on a white background", "a blue square moving right on a black background"
 
 

@@ -21,6 +21,8 @@ from sfrt.capture import Eager
 from sfrt.delivery import Wait
 from sfrt.ring import ChunkPlan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT = "a red circle moving left"
 
 
