@@ -95,13 +95,13 @@ class Underway:
 def deliver(stage: Stage, parts: Sequence[Tensor], state: Any, watch: Stopwatch) -> list[Delivery]:
     """Decode latents [T, C, h, w] part by part; no frames come where the bundle has no decoder."""
     deliveries: list[Delivery] = []
-    with stage.lane.behind(*parts):
+    with stage.outlet.behind(*parts):
         for latents in parts:
             frames = torch.empty(0, stage.stream.height, stage.stream.width, 3, dtype=torch.uint8)
             if stage.decoder is not None:
                 pixels, state = stage.decoder.decode(latents.unsqueeze(0), state)
                 frames = stage.ops(FRAMES)(pixels.squeeze(0))
-            deliveries.append(Delivery(*stage.lane.to_host(frames), state))
+            deliveries.append(Delivery(*stage.outlet.to_host(frames), state))
         watch.mark("decoded")
     return deliveries
 
@@ -110,10 +110,10 @@ def preview(stage: Stage, predictions: Tensor | None) -> Delivery | None:
     """Each of some latents [N, C, h, w] as a picture; None where there are none to show."""
     if stage.decoder is None or predictions is None:
         return None
-    with stage.lane.behind(predictions):
+    with stage.outlet.behind(predictions):
         # One after the other: exported graphs decode one video at a time.
         pixels = torch.cat([stage.decoder.decode(latents[None, None], None)[0].squeeze(0) for latents in predictions])
-        return Delivery(*stage.lane.to_host(stage.ops(FRAMES)(pixels)), None)
+        return Delivery(*stage.outlet.to_host(stage.ops(FRAMES)(pixels)), None)
 
 
 def _timings(watch: Stopwatch) -> Timings:

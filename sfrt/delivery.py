@@ -15,7 +15,7 @@ from torch import Tensor
 Wait = Callable[[], object]
 
 
-class Lane(Protocol):
+class Outlet(Protocol):
     """Where a device decodes frames and sends them to the host.
 
     beside says whether what is queued there runs beside what the caller queues next.
@@ -31,21 +31,21 @@ class Lane(Protocol):
         """The frames in host memory, there once the wait is over; to be called within `behind`."""
 
 
-class HostLane:
+class HostOutlet:
     """A CPU's: everything is done when it is asked for."""
 
     beside = False
 
     def behind(self, *given: Tensor) -> AbstractContextManager[object]:
-        """As Lane.behind."""
+        """As Outlet.behind."""
         return nullcontext()
 
     def to_host(self, frames: Tensor) -> tuple[Tensor, Wait]:
-        """As Lane.to_host."""
+        """As Outlet.to_host."""
         return frames.cpu(), lambda: None
 
 
-class GpuLane:
+class GpuOutlet:
     """A stream of its own, which goes first wherever the GPU has a choice. No GPU has run it yet."""
 
     beside = True
@@ -56,7 +56,7 @@ class GpuLane:
 
     @contextmanager
     def behind(self, *given: Tensor) -> Iterator[None]:
-        """As Lane.behind."""
+        """As Outlet.behind."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         for tensor in given:
             tensor.record_stream(self._stream)
@@ -64,7 +64,7 @@ class GpuLane:
             yield
 
     def to_host(self, frames: Tensor) -> tuple[Tensor, Wait]:
-        """As Lane.to_host: pinned memory, which the GPU writes by itself."""
+        """As Outlet.to_host: pinned memory, which the GPU writes by itself."""
         host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
         host.copy_(frames, non_blocking=True)
         arrived = torch.cuda.Event(blocking=True)  # a wait that leaves the core to others
@@ -72,9 +72,9 @@ class GpuLane:
         return host, arrived.synchronize
 
 
-def lane_for(device: torch.device) -> Lane:
-    """A device's lane."""
-    return GpuLane(device) if device.type == "cuda" else HostLane()
+def outlet_for(device: torch.device) -> Outlet:
+    """A device's outlet."""
+    return GpuOutlet(device) if device.type == "cuda" else HostOutlet()
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from sfrt.bundle import Bundle, Manifest, resolve_model
 from sfrt.config import Placement, StreamConfig
 from sfrt.decoders import Decoder
 from sfrt.decoders.captured import captured
-from sfrt.delivery import lane_for
+from sfrt.delivery import outlet_for
 from sfrt.device import dtype_name, free_bytes, memory_told, resolve_device, resolve_dtype
 from sfrt.errors import BundleError, ConfigError, MediaError, PromptError
 from sfrt.noise import check_seed
@@ -84,7 +84,7 @@ class Runtime:
         self._setting = Setting(self.backend, dtype_name(self.dtype), on_gpu=self.device.type == "cuda")
         self._prompts = self._prompts_of(text_encoder, prompt_cache)
         self.text_encoder: Placement = self._prompts.placement
-        self._lane = lane_for(self.device)
+        self._outlet = outlet_for(self.device)
         # Other backends multiply what a mask hides: there a stream that went wrong would spoil the next one.
         self._spare = Spare() if self.device.type == "cuda" and self.backend == "torch" else None
         self._reading = Lock()  # a prompt may be switched from another thread than its stream's
@@ -214,7 +214,7 @@ class Runtime:
             source=video,
             strength=strength,
             ops=self.ops,
-            lane=self._lane,
+            outlet=self._outlet,
             origin=Origin(self._id, seed, self._embeddings, rollout, partial(self._give_back, kind, need)),
         )
 

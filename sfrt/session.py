@@ -204,7 +204,7 @@ class Session:
             self._context.settle(self._at, self._watch)
 
     def __next__(self) -> Chunk:
-        ahead = self._stage is not None and self._ahead and self._stage.lane.beside
+        ahead = self._stage is not None and self._ahead and self._stage.outlet.beside
         wanted = 2 if ahead else 1
         while len(self._underway) < wanted and self._begin():
             pass
@@ -235,7 +235,7 @@ class Session:
             slots = self._context.slots()
             underway = Underway(at, switch, made.latents, deliveries, previews, slots, watch)
             coming = Stopwatch(stage.device)
-            if stage.lane.beside and at.index + 1 != self._limit:
+            if stage.outlet.beside and at.index + 1 != self._limit:
                 self._context.refresh_ahead(made.tokens, coming)
             if early is not None:
                 early(underway.first_frame())

@@ -11,7 +11,7 @@ from torch import Tensor
 from sfrt.backends import Grid, Rollout
 from sfrt.config import ModelConfig, StreamConfig
 from sfrt.decoders import Decoder
-from sfrt.delivery import HostLane, Lane
+from sfrt.delivery import HostOutlet, Outlet
 from sfrt.errors import ConfigError, SnapshotError
 from sfrt.noise import chunk_noise
 from sfrt.ops.choice import Ops, torch_ops
@@ -59,8 +59,8 @@ class Origin:
 class Stage:
     """Made by the runtime. source and strength are of video to video.
 
-    ops are for what is done between the passes, lane is where frames are decoded. Without an origin a session streams,
-    and that is all: it has no other prompts, no snapshots and no forks.
+    ops are for what is done between the passes, outlet is where frames are decoded. Without an origin a session
+    streams, and that is all: it has no other prompts, no snapshots and no forks.
     """
 
     model: ModelConfig
@@ -75,7 +75,7 @@ class Stage:
     strength: float | None = None
     origin: Origin | None = None
     ops: Ops = field(default_factory=torch_ops)
-    lane: Lane = field(default_factory=HostLane)
+    outlet: Outlet = field(default_factory=HostOutlet)
 
     def require_origin(self) -> Origin:
         """The origin. Raises ConfigError where there is none."""

@@ -27,7 +27,7 @@ PROMPT = "a red circle moving left"
 
 
 class Beside:
-    """A GPU's lane by its order alone: frames reach the host when they are waited for, and not before."""
+    """A GPU's outlet by its order alone: frames reach the host when they are waited for, and not before."""
 
     beside = True
 
@@ -98,7 +98,7 @@ def log() -> list[str]:
 def runtime(tiny_bundle: Path, log: list[str]) -> Runtime:
     """One whose decodes run beside, as on a GPU."""
     runtime = Runtime(tiny_bundle, device="cpu", backend="torch")
-    runtime._lane = Beside(log)
+    runtime._outlet = Beside(log)
     return runtime
 
 
@@ -126,7 +126,7 @@ def test_frames_are_queued_before_the_refresh_pass_and_awaited_behind_it(runtime
     assert log[-2:] == ["decode 12", "wait 12"], "a stream that stops does not pay for its last refresh pass"
 
 
-def test_without_a_lane_beside_frames_leave_first(plain: Runtime, log: list[str]) -> None:
+def test_without_an_outlet_beside_frames_leave_first(plain: Runtime, log: list[str]) -> None:
     with told(plain.session(PROMPT), log) as session:
         next(session)
         assert "refresh" not in log
@@ -173,8 +173,8 @@ def test_an_interrupt_while_frames_are_awaited_leaves_the_stream_where_it_was(pl
         wanted = frames_of(session, 6)
     with runtime.session(PROMPT, seed=2) as session:
         shown = [frames_of(session, 4)]
-        assert isinstance(runtime._lane, Beside)
-        runtime._lane.interrupts = 2
+        assert isinstance(runtime._outlet, Beside)
+        runtime._outlet.interrupts = 2
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 next(session)
@@ -259,8 +259,8 @@ def test_the_switch_of_the_last_chunk_that_nobody_saw_is_made_again_too(runtime:
     with runtime.session(PROMPT, seed=3, ahead=True) as session:
         frames_of(session, 2)
         session.switch("a blue square")
-        assert isinstance(runtime._lane, Beside)
-        runtime._lane.interrupts = 1
+        assert isinstance(runtime._outlet, Beside)
+        runtime._outlet.interrupts = 1
         with pytest.raises(KeyboardInterrupt):
             next(session)  # two are underway: one from before the switch, and one that it took effect with
         other = session.fork()

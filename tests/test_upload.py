@@ -25,7 +25,7 @@ from tests.bundles import MANIFEST, tensors, write
 
 
 @dataclass
-class LateLane:
+class LateQueue:
     """A device that copies nothing before somebody waits for it: what is overwritten too early arrives wrong."""
 
     log: list[str] = field(default_factory=list)
@@ -95,26 +95,26 @@ def test_every_byte_arrives(
     }
     path = tmp_path_factory.mktemp("upload") / "x.safetensors"
     save_file(expected, path)
-    lane, digest = LateLane(), hashlib.sha256()
-    same(upload(path, lane, None, digest.update, block), expected)
+    queue, digest = LateQueue(), hashlib.sha256()
+    same(upload(path, queue, None, digest.update, block), expected)
     assert digest.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert len(lane.blocks) <= 2 and all(len(held) <= block for held in lane.blocks)
+    assert len(queue.blocks) <= 2 and all(len(held) <= block for held in queue.blocks)
 
 
 def test_a_block_is_filled_again_when_it_is_done_with(tmp_path: Path) -> None:
     """Two blocks take turns; the third is read when the first was copied, and hashed however slowly."""
     path = tmp_path / "x.safetensors"
     save_file({"x": torch.arange(24, dtype=torch.float32)}, path)
-    lane, digest = LateLane(), hashlib.sha256()
+    queue, digest = LateQueue(), hashlib.sha256()
 
     def slowly(held: memoryview) -> None:
         time.sleep(0.01)
         digest.update(held)
 
-    upload(path, lane, None, slowly, block=32)
+    upload(path, queue, None, slowly, block=32)
     assert digest.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert lane.log[:8] == ["copy", "mark", "copy", "mark", "wait", "copy", "mark", "mark"]
-    assert lane.idle
+    assert queue.log[:8] == ["copy", "mark", "copy", "mark", "wait", "copy", "mark", "mark"]
+    assert queue.idle
 
 
 def test_conversion_on_the_way(tmp_path: Path) -> None:
@@ -124,32 +124,32 @@ def test_conversion_on_the_way(tmp_path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in stored.items()}, path)
     kept = {"a.weight", "a.weight_scale"}
     expected = {name: tensor if name in kept else tensor.half() for name, tensor in stored.items()}
-    same(upload(path, LateLane(), torch.float16, block=24), expected)
+    same(upload(path, LateQueue(), torch.float16, block=24), expected)
 
 
 @pytest.fixture
-def lanes(monkeypatch: pytest.MonkeyPatch) -> list[LateLane]:
-    """The lanes that bundles take to "cuda"."""
-    taken: list[LateLane] = []
+def queues(monkeypatch: pytest.MonkeyPatch) -> list[LateQueue]:
+    """The queues that bundles take to "cuda"."""
+    taken: list[LateQueue] = []
 
-    def lane(device: torch.device) -> LateLane:
-        taken.append(LateLane())
+    def queue(device: torch.device) -> LateQueue:
+        taken.append(LateQueue())
         return taken[-1]
 
-    monkeypatch.setattr("sfrt.bundle.upload.CudaLane", lane)
+    monkeypatch.setattr("sfrt.bundle.upload.CudaCopyQueue", queue)
     return taken
 
 
-def test_a_bundle_takes_it(tmp_path: Path, lanes: list[LateLane], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_takes_it(tmp_path: Path, queues: list[LateQueue], monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "model")
     bundle = Bundle.open(tmp_path / "model", verify=False)
     monkeypatch.setattr("sfrt.bundle.hash_file", lambda *_: pytest.fail("the file is read a second time"))
     same(bundle.load("transformer", "cuda", verify=True), tensors())
     bundle.verify("transformer.safetensors")  # known to be right
-    assert [lane.idle for lane in lanes] == [True]
+    assert [queue.idle for queue in queues] == [True]
 
 
-def test_a_wrong_hash_is_told_before_anything_is_used(tmp_path: Path, lanes: list[LateLane]) -> None:
+def test_a_wrong_hash_is_told_before_anything_is_used(tmp_path: Path, queues: list[LateQueue]) -> None:
     write(tmp_path / "model")
     path = tmp_path / "model" / "transformer.safetensors"
     data = bytearray(path.read_bytes())
@@ -160,21 +160,21 @@ def test_a_wrong_hash_is_told_before_anything_is_used(tmp_path: Path, lanes: lis
         with pytest.raises(BundleError, match=r"transformer\.safetensors is damaged: its sha256 is .* copy or export"):
             bundle.load("transformer", "cuda", verify=True)
     bundle.load("transformer", "cuda")
-    assert [lane.idle for lane in lanes] == [True, True, True]
+    assert [queue.idle for queue in queues] == [True, True, True]
 
 
 def test_a_file_that_is_cut_short_meanwhile(
-    tmp_path: Path, lanes: list[LateLane], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, queues: list[LateQueue], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = write(tmp_path / "model")
     path = tmp_path / "model" / "transformer.safetensors"
 
-    def cut(lane: LateLane, size: int) -> Tensor:
+    def cut(queue: LateQueue, size: int) -> Tensor:
         os.truncate(path, path.stat().st_size - 4)
         return torch.empty(size, dtype=torch.uint8)
 
     with monkeypatch.context() as patch, pytest.raises(BundleError, match=r"cannot be read \(it ends 8 bytes early\)"):
-        patch.setattr(LateLane, "staging", cut)
+        patch.setattr(LateQueue, "staging", cut)
         bundle.load("transformer", "cuda")
     path.write_bytes(b"\xff" * path.stat().st_size)
     with pytest.raises(BundleError, match=r"transformer\.safetensors cannot be read \("):
@@ -189,10 +189,10 @@ def test_an_interrupt_waits_for_what_is_under_way(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({name: torch.arange(12, dtype=torch.float32) for name in "xyz"}, path)
     for copies in range(5):
-        lane = LateLane(copies_until_interrupt=copies)
+        queue = LateQueue(copies_until_interrupt=copies)
         with pytest.raises(KeyboardInterrupt):
-            upload(path, lane, None, block=64)
-        assert lane.log.count("copy") == copies and lane.idle
+            upload(path, queue, None, block=64)
+        assert queue.log.count("copy") == copies and queue.idle
 
 
 def test_a_tensor_that_is_not_aligned(tmp_path: Path) -> None:
@@ -205,12 +205,12 @@ def test_a_tensor_that_is_not_aligned(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(5))
     with pytest.raises(BundleError, match="b is not aligned"):
-        upload(path, LateLane(), None)
+        upload(path, LateQueue(), None)
 
 
 @pytest.mark.gpu
 def test_the_way_to_a_gpu(tmp_path: Path) -> None:
-    """Tensors over the ends of several blocks, as stored and converted, on the real lane."""
+    """Tensors over the ends of several blocks, as stored and converted, on the real queue."""
     generator = torch.Generator().manual_seed(0)
     expected = {str(number): torch.randn(BLOCK // 3 + number, generator=generator) for number in range(4)}
     with BundleWriter(tmp_path / "model") as writer:

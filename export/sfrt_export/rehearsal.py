@@ -67,7 +67,7 @@ class Score(Ops):
 
 
 class _NoHost:
-    """A lane whose frames are of the right shape when they arrive."""
+    """An outlet whose frames are of the right shape when they arrive."""
 
     beside = True
 
@@ -137,7 +137,7 @@ def _play(
         noise=philox_noise(0, grid, model, _NOWHERE),
         decoder=decoder,
         ops=score,
-        lane=_NoHost(),
+        outlet=_NoHost(),
     )
     text = torch.empty(model.text_len, model.text_dim, device=_NOWHERE)
     chunks = len(sizes.pieces(ring.slots)) + _UNCHANGED

@@ -161,10 +161,10 @@ class Bundle:
         return self._file(TOKENIZER)
 
     def _upload(self, path: Path, device: torch.device, dtype: torch.dtype | None, verify: bool) -> dict[str, Tensor]:
-        from sfrt.bundle.upload import CudaLane, upload
+        from sfrt.bundle.upload import CudaCopyQueue, upload
 
         digest = None if not verify or path.name in self._verified else hashlib.sha256()
-        tensors = upload(path, CudaLane(device), dtype, digest.update if digest else None)
+        tensors = upload(path, CudaCopyQueue(device), dtype, digest.update if digest else None)
         if digest:
             self._compare(path.name, digest.hexdigest())
         return tensors

@@ -24,7 +24,7 @@ BLOCK = 16 << 20
 """Bytes read at a time: enough that few calls are made, and little stays pinned."""
 
 
-class Lane(Protocol):
+class CopyQueue(Protocol):
     """A way onto a device: what is queued runs in its order, while the host goes on."""
 
     def staging(self, size: int) -> Tensor:
@@ -40,7 +40,7 @@ class Lane(Protocol):
         """A function that waits for what has been queued up to now."""
 
 
-class CudaLane:
+class CudaCopyQueue:
     """Copies on a CUDA stream of their own. Unverified: it has not run on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
@@ -105,7 +105,7 @@ class _Block:
 
 def upload(
     path: Path,
-    lane: Lane,
+    queue: CopyQueue,
     dtype: torch.dtype | None,
     witness: Callable[[memoryview], object] | None = None,
     block: int = BLOCK,
@@ -115,9 +115,9 @@ def upload(
     witness is given the whole file in order, such as a hash's update. block is a multiple of 8.
     Raises BundleError for a file that cannot be read to its end, SafetensorError for one that is none.
     """
-    start, places = _plan(path, lane, dtype)
+    start, places = _plan(path, queue, dtype)
     end = max((place.end for place in places.values()), default=0)
-    blocks = [_Block(lane.staging(min(block, end))) for _ in range(2)]
+    blocks = [_Block(queue.staging(min(block, end))) for _ in range(2)]
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as aside:
         _fill(file, header := memoryview(bytearray(start)))
         if witness is not None:
@@ -134,16 +134,16 @@ def upload(
                     here, there = max(place.begin, begin), min(place.end, begin + block)
                     if here < there:
                         source = held[here - begin : there - begin].view(place.stored)
-                        lane.copy(place.piece(here, there), source)
-                turn.pending.append(lane.mark())
+                        queue.copy(place.piece(here, there), source)
+                turn.pending.append(queue.mark())
         finally:  # nothing may be let go that is still read or written
-            lane.mark()()
+            queue.mark()()
             for turn in blocks:
                 turn.wait()
     return {name: place.target for name, place in places.items()}
 
 
-def _plan(path: Path, lane: Lane, dtype: torch.dtype | None) -> tuple[int, Mapping[str, _Place]]:
+def _plan(path: Path, queue: CopyQueue, dtype: torch.dtype | None) -> tuple[int, Mapping[str, _Place]]:
     """Where the header ends, and each tensor's place, its target made."""
     from safetensors import safe_open
 
@@ -156,7 +156,7 @@ def _plan(path: Path, lane: Lane, dtype: torch.dtype | None) -> tuple[int, Mappi
             begin, end = header[name]["data_offsets"]
             if begin % mapped.element_size():
                 raise BundleError(f"{path} cannot be read ({name} is not aligned); export the checkpoint again")
-            target = lane.empty(tuple(mapped.shape), final_dtype(name, mapped.dtype, dtype))
+            target = queue.empty(tuple(mapped.shape), final_dtype(name, mapped.dtype, dtype))
             places[name] = _Place(begin, end, mapped.dtype, target)
     return 8 + length, places
 
