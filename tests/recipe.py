@@ -25,6 +25,7 @@ MICRO = Settings(
         vocab_size=384, dim=32, dim_attn=32, dim_ffn=32, num_heads=2, num_layers=1, num_buckets=8, max_distance=16
     ),
     autoencoder=AutoencoderSettings(steps=40, batch_frames=4, lengths=(2,), warmup=3),
+    sharpening=AutoencoderSettings(steps=40, batch_frames=4, lengths=(2,), free_share=0.5, warmup=3),
     reading=ReadingSettings(steps=40, batch=8, warmup=3),
     clips=ClipSettings(clips=8, late_clips=4, chunks=3),
     teacher_forcing=FlowSettings(steps=40, batch_chunks=20, lengths=(3, 1), warmup=3),

@@ -174,6 +174,16 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(trained: Path, tmp_path: 
         torch.testing.assert_close(resumed[key], value, rtol=0, atol=0)
 
 
+def test_sharpening_leaves_the_latents_and_is_what_is_exported(trained: Path, tmp_path: Path) -> None:
+    """Every other stage learned from those latents."""
+    before, after = weights_of(trained, "autoencoder"), weights_of(trained, "sharpening")
+    changed = {key.split(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
+    assert changed == {"decoder"}
+    bundle = export.export(MICRO, trained, tmp_path / "shapes")
+    for key, value in bundle.load("decoder").items():
+        torch.testing.assert_close(value, after[key].to(value.dtype), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("window", "sink"), [(9, 0), (6, 0), (6, 3), (7, 1)])
 def test_teacher_forcing_computes_what_streaming_computes(window: int, sink: int) -> None:
     """One pass over [clean | noisy] chunks against one chunk after another, the clean ones refreshed into the ring."""

@@ -29,7 +29,7 @@ BRIEF: Settings = replace(MICRO, teacher_forcing=FlowSettings(steps=2, batch_chu
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("brief")
-    train(folder, "autoencoder", "reading", "teacher_forcing", settings=BRIEF)
+    train(folder, "autoencoder", "sharpening", "reading", "teacher_forcing", settings=BRIEF)
     return folder
 
 
@@ -68,7 +68,8 @@ def _cover(places: torch.Tensor) -> torch.Tensor:
 
 def test_what_is_watched_is_what_streams(trained: Path) -> None:
     """Window after window, decoded as one video, from the words on: as the exported bundle shows them."""
-    model, decoder = trained_model(BRIEF, trained, "teacher_forcing", "cpu"), autoencoder.load(BRIEF, trained, "cpu")
+    model = trained_model(BRIEF, trained, "teacher_forcing", "cpu")
+    decoder = autoencoder.load(BRIEF, trained, "cpu", "sharpening")
     tokenizer = Tokenizer(trained / "tokenizer.json", BRIEF.transformer.text_len)
     asked, ids = held_out(BRIEF, tokenizer, 2, seed=1)
     stream = BRIEF.euler(2)
@@ -84,7 +85,7 @@ def test_what_is_watched_is_what_streams(trained: Path) -> None:
     torch.testing.assert_close(torch.cat(windows, dim=1)[1], streamed, rtol=0, atol=0.02)  # the bundle is float16
 
 
-def test_the_gap_is_written_with_every_seed(trained: Path, tmp_path: Path) -> None:
+def test_the_gap_is_written_with_every_seed(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = gap.measure(BRIEF, trained, "cpu", tmp_path / "gap.json", prompts=2, seeds=2, times=2)
     assert [line.split("|")[2].strip() for line in table.splitlines()[2:]] == 2 * ["1×", "2×"], (
         "with many steps and few"
@@ -92,6 +93,11 @@ def test_the_gap_is_written_with_every_seed(trained: Path, tmp_path: Path) -> No
     report = json.loads((tmp_path / "gap.json").read_text())
     assert report["trained_latent_frames"] == 9
     assert [(row["seed"], row["times"]) for row in report["means"]] == 2 * [(0, 1), (0, 2), (1, 1), (1, 2)]
+    written = (tmp_path / "gap.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(gap, "watch", None)  # what is there is not rolled out again
+        assert gap.measure(BRIEF, trained, "cpu", tmp_path / "gap.json", prompts=2, seeds=2, times=2) == table
+    assert (tmp_path / "gap.json").read_bytes() == written
     with (tmp_path / "gap.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["size_error"]) for row in rows] == [row["size_error"] for row in report["means"]]

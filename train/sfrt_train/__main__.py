@@ -67,8 +67,10 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     for stage in chosen:
         if stage in STAGES:
             STAGES[stage](settings, folder, device, arguments.until)
-    if verb in (autoencoder.NAME, "all"):
-        right = autoencoder.check(settings, folder, device)
+    for stage in autoencoder.STAGES:
+        if verb not in (stage, "all"):
+            continue
+        right = autoencoder.check(settings, folder, device, stage)
         print("reconstructions read right:", ", ".join(f"{part} {100 * share:.0f} %" for part, share in right.items()))
     if verb in ("export", "all"):
         model = export.export(settings, folder, output, arguments.stage).path

@@ -1,8 +1,13 @@
-"""Trains the narrow TAEHV on made-up clips: sharp edges, and latents of about unit size that bear some noise."""
+"""Trains the narrow TAEHV on made-up clips: sharp edges, and latents of about unit size that bear some noise.
+
+Stages: autoencoder trains all of it, and its latents are what every later stage learns from. sharpening goes on with
+the decoder alone, which leaves the latents as they are: corners are the last thing that a decoder learns.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -15,31 +20,42 @@ from sfrt_train.loop import Descent, Loop, LoopSettings, Losses, Trainee, weight
 from sfrt_train.reader import read_scene
 from sfrt_train.settings import AutoencoderSettings, Settings
 
-NAME = "autoencoder"
+Stage = Literal["autoencoder", "sharpening"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
-def train(settings: Settings, folder: Path, device: str, until: int | None = None) -> None:
+def train(settings: Settings, folder: Path, device: str, until: int | None = None, stage: Stage = STAGES[0]) -> None:
     """Train to the end, or to step `until`, going on from the checkpoint in `folder`."""
-    own = settings.autoencoder
-    torch.manual_seed(settings.seed)
-    model = initialise(Taehv(settings.taehv)).to(device, memory_format=torch.channels_last)
+    own: AutoencoderSettings = getattr(settings, stage)
+    model, stream = _begin(settings, folder, device, stage)
     scenes, _ = split_scenes(settings.held_out, settings.seed)
     side = settings.stream.height // 8
 
     def losses_of(step: int) -> Losses:
-        rng = np.random.default_rng((settings.seed, 1, step))
+        rng = np.random.default_rng((settings.seed, stream, step))
         length = own.lengths[step % len(own.lengths)]
+        count = own.batch_frames // length
         # Chunks of one latent frame: a clip of any length, now and then with a sudden change.
         clips = [
-            make_clip(rng, scenes, length, chunk=1, switch_share=0.15, free=True).pixels
-            for _ in range(own.batch_frames // length)
+            make_clip(rng, scenes, length, chunk=1, switch_share=0.15, free=number < own.free_share * count).pixels
+            for number in range(count)
         ]
         noise = rng.standard_normal((len(clips), length, settings.taehv.latent_channels, side, side), np.float32)
         return losses(model, torch.stack(clips).to(device), torch.from_numpy(noise).to(device), own)
 
-    Loop(Trainee(model, Descent(own.learning_rate)), LoopSettings(own.steps, own.warmup), folder, NAME).descend(
+    Loop(Trainee(model, Descent(own.learning_rate)), LoopSettings(own.steps, own.warmup), folder, stage).descend(
         losses_of, until
     )
+
+
+def _begin(settings: Settings, folder: Path, device: str, stage: Stage) -> tuple[Taehv, int]:
+    """What a stage starts from, and the number of its stream of random clips."""
+    if stage == "sharpening":
+        model = load(settings, folder, device)
+        model.train().decoder.requires_grad_(True)
+        return model, 13
+    torch.manual_seed(settings.seed)
+    return initialise(Taehv(settings.taehv)).to(device, memory_format=torch.channels_last), 1
 
 
 @torch.no_grad()
@@ -98,16 +114,16 @@ def losses(model: Taehv, pixels: Tensor, noise: Tensor, own: AutoencoderSettings
     return {"loss": total, "pixel": pixel, "gradient": gradient, "scale": scale}
 
 
-def load(settings: Settings, folder: Path, device: str) -> Taehv:
-    """The autoencoder as trained so far, frozen."""
+def load(settings: Settings, folder: Path, device: str, stage: Stage = STAGES[0]) -> Taehv:
+    """The autoencoder as a stage has trained it so far, frozen."""
     model = Taehv(settings.taehv)
-    model.load_state_dict(weights_of(folder, NAME))
+    model.load_state_dict(weights_of(folder, stage))
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def check(settings: Settings, folder: Path, device: str, clips: int = 100) -> dict[str, float]:
+def check(settings: Settings, folder: Path, device: str, stage: Stage, clips: int = 100) -> dict[str, float]:
     """The share of reconstructed clips whose colour, shape and motion the reader still reads right."""
-    model = load(settings, folder, device)
+    model = load(settings, folder, device, stage)
     _, scenes = split_scenes(settings.held_out, settings.seed)
     right = {"colour": 0, "background": 0, "shape": 0, "motion": 0}
     for i in range(clips):

@@ -37,7 +37,7 @@ def export(settings: Settings, folder: Path, target: Path, stage: str = "self_fo
         trained = weights_of(folder, stage)
         writer.add_tensors("transformer", _part(trained, "transformer."))
         writer.add_tensors("text_encoder", _part(trained, "text_encoder."))
-        writer.add_tensors("decoder", _part(autoencoder.load(settings, folder, "cpu").state_dict(), ""))
+        writer.add_tensors("decoder", _part(autoencoder.load(settings, folder, "cpu", "sharpening").state_dict(), ""))
         writer.add_tokenizer(make_tokenizer(settings, folder))
         writer.add_graphs(partial(bundle_graphs, said))
         writer.finish(said)

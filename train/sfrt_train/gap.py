@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, pstdev
@@ -76,13 +77,14 @@ def measure(
 ) -> str:
     """Roll out every model to `times` times the trained length; returns a table.
 
-    Writes report (JSON: every seed's means), and beside it a .csv of the same and a .png.
+    Writes report (JSON: every seed's means), and beside it a .csv of the same and a .png. Every model's seed is a file
+    in the folder too, rolled out only where it is missing.
     """
     points = [
         point
         for contestant in contestants(settings, folder)
         for seed in range(seeds)
-        for point in _measure_one(settings, folder, device, contestant, seed, prompts, times)
+        for point in _points_of(settings, folder, device, contestant, seed, prompts, times)
     ]
     report.parent.mkdir(parents=True, exist_ok=True)
     trained = settings.clips.chunks * settings.stream.chunk
@@ -97,12 +99,27 @@ def measure(
     return table(points)
 
 
-def _measure_one(
+def _points_of(
     settings: Settings, folder: Path, device: str, contestant: Contestant, seed: int, prompts: int, times: int
 ) -> list[Point]:
     """One model, one seed: a point for every window."""
+    path = folder / "gap" / f"{contestant.name}, seed {seed}, {prompts} prompts, {times} times.json"
+    if not path.exists():
+        means = _measure_one(settings, folder, device, contestant, seed, prompts, times)
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps([asdict(mean) for mean in means]))
+        os.replace(partial, path)
+    means = [Reading(**mean) for mean in json.loads(path.read_text())]
+    return [Point(contestant.name, seed, number, mean) for number, mean in enumerate(means, start=1)]
+
+
+def _measure_one(
+    settings: Settings, folder: Path, device: str, contestant: Contestant, seed: int, prompts: int, times: int
+) -> list[Reading]:
+    """The means of every window."""
     model = trained_model(settings, folder, contestant.stage, device)
-    decoder = autoencoder.load(settings, folder, device)
+    decoder = autoencoder.load(settings, folder, device, "sharpening")
     tokenizer = Tokenizer(make_tokenizer(settings, folder), settings.transformer.text_len)
     asked, ids = held_out(settings, tokenizer, prompts, seed)
     found: list[list[Reading]] = [[] for _ in range(times)]
@@ -113,7 +130,7 @@ def _measure_one(
             for readings, videos in zip(found, windows, strict=True):
                 readings += read_all(videos, asked[some])
                 bar.update()
-    return [Point(contestant.name, seed, number, mean_of(each)) for number, each in enumerate(found, start=1)]
+    return [mean_of(each) for each in found]
 
 
 def mean_of(readings: list[Reading]) -> Reading:

@@ -18,13 +18,15 @@ Precision = Literal["bfloat16", "float32"]
 
 @dataclass(frozen=True)
 class AutoencoderSettings:
-    """The training of the autoencoder."""
+    """One training of the autoencoder (the defaults: the whole of it, from nothing)."""
 
     steps: int = 1300
     batch_frames: int = 26
     """Latent frames in a step, however long its clips are."""
     lengths: tuple[int, ...] = (2, 2, 5, 2)
     """Latent frames of a clip, in turn from step to step: short for variety, longer for what the memory carries."""
+    free_share: float = 1.0
+    """Share of the clips whose objects have any size, place and speed (sfrt_train.data.make_clip)."""
     learning_rate: float = 2e-3
     warmup: int = 100
     latent_noise: float = 0.15
@@ -213,6 +215,9 @@ class Settings:
     many_steps: int = 8
     """Euler steps that a model trained by flow matching alone is used with."""
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
+    sharpening: AutoencoderSettings = AutoencoderSettings(
+        steps=3000, free_share=0.5, learning_rate=1e-3, latent_noise=0.1, edge_weight=8.0
+    )
     reading: ReadingSettings = field(default_factory=ReadingSettings)
     clips: ClipSettings = field(default_factory=ClipSettings)
     teacher_forcing: FlowSettings = field(default_factory=FlowSettings)

@@ -17,7 +17,7 @@ class Train(Protocol):
 
 
 STAGES: dict[str, Train] = {
-    autoencoder.NAME: autoencoder.train,
+    **{stage: partial(autoencoder.train, stage=stage) for stage in autoencoder.STAGES},
     reading.NAME: reading.train,
     **{stage: partial(flow.train, stage=stage) for stage in flow.STAGES},
     pairs.NAME: pairs.train,
