@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from sfrt import Runtime
+from sfrt.errors import ConfigError
 from sfrt.plot import Line, Panel, write_plot
 from sfrt.text import Tokenizer
 from sfrt_train import autoencoder, export, gap
@@ -102,6 +103,21 @@ def test_the_gap_is_written_with_every_seed(trained: Path, tmp_path: Path, monke
         rows = list(csv.DictReader(file))
     assert [float(row["size_error"]) for row in rows] == [row["size_error"] for row in report["means"]]
     assert Image.open(tmp_path / "gap.png").size[0] > 900
+
+
+def test_the_gap_with_fewer_steps(tmp_path: Path) -> None:
+    for stage in ("teacher_forcing", "self_forcing"):
+        (tmp_path / f"{stage}.pt").touch()
+    few = gap.contestants(BRIEF, tmp_path, (1000.0, 500.0))
+    assert [each.name for each in few] == [
+        "teacher forcing, 8 steps",
+        "teacher forcing, 2 steps",
+        "Self Forcing, 2 steps",
+    ]
+    assert [each.stream.steps for each in few[1:]] == 2 * [(1000.0, 500.0)]
+    assert [each.stream.sampler for each in few[1:]] == ["euler", "renoise"]
+    with pytest.raises(ConfigError, match=r"trained for the steps .*; \[900.0\] are others"):
+        gap.contestants(BRIEF, tmp_path, (900.0,))
 
 
 def test_spread_is_that_of_the_seeds() -> None:

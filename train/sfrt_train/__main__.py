@@ -46,6 +46,7 @@ def recipe(given: Sequence[str]) -> None:
     parser.add_argument("--prompts", type=int, help="how many to evaluate [200], or per seed for gap [40]")
     parser.add_argument("--seeds", type=int, default=3, help="of gap")
     parser.add_argument("--times", type=int, default=10, help="how many times the trained length gap goes")
+    parser.add_argument("--steps", type=float, nargs="+", help="of gap, such as 1000 500 [those trained for]")
     parser.add_argument("--skip", type=int, default=0, help="chunks to roll out before those that are read (evaluate)")
     parser.add_argument("--report", type=Path, help="JSON file for the evaluation, or for gap [FOLDER/gap.json]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -80,9 +81,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
         print(evaluate.evaluate(settings, model, device, count, arguments.skip, arguments.report))
     if verb == "gap":
         report, count = arguments.report or folder / "gap.json", arguments.prompts or 40
-        print(
-            gap.measure(settings, folder, device, report, prompts=count, seeds=arguments.seeds, times=arguments.times)
-        )
+        how = {"prompts": count, "seeds": arguments.seeds, "times": arguments.times}
+        print(gap.measure(settings, folder, device, report, **how, steps=arguments.steps or ()))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@ from __future__ import annotations
 import csv
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, pstdev
 
 from tqdm import tqdm
 
 from sfrt.config import StreamConfig
+from sfrt.errors import ConfigError
 from sfrt.plot import Line, Panel, write_plot
 from sfrt.text import Tokenizer
 from sfrt_train import autoencoder
@@ -57,9 +59,15 @@ class Point:
     reading: Reading
 
 
-def contestants(settings: Settings, folder: Path) -> list[Contestant]:
-    """All models that were trained in the folder so far."""
-    few, steps = settings.stream, len(settings.stream.steps)
+def contestants(settings: Settings, folder: Path, listed: Sequence[float] = ()) -> list[Contestant]:
+    """All models that were trained in the folder so far, with the few steps listed (by default the stream's).
+
+    Raises ConfigError for steps that the few-step models were not trained for.
+    """
+    few = replace(settings.stream, steps=tuple(listed) or settings.stream.steps)
+    if not set(few.steps) <= set(settings.stream.steps):
+        raise ConfigError(f"models are trained for the steps {list(settings.stream.steps)}; {list(listed)} are others")
+    steps = len(few.steps)
     many, as_few = settings.euler(settings.many_steps), settings.euler(steps)
     known = [
         Contestant(f"teacher forcing, {len(many.steps)} steps", "teacher_forcing", many),
@@ -73,16 +81,24 @@ def contestants(settings: Settings, folder: Path) -> list[Contestant]:
 
 
 def measure(
-    settings: Settings, folder: Path, device: str, report: Path, *, prompts: int = 40, seeds: int = 3, times: int = 10
+    settings: Settings,
+    folder: Path,
+    device: str,
+    report: Path,
+    *,
+    prompts: int = 40,
+    seeds: int = 3,
+    times: int = 10,
+    steps: Sequence[float] = (),
 ) -> str:
     """Roll out every model to `times` times the trained length; returns a table.
 
     Writes report (JSON: every seed's means), and beside it a .csv of the same and a .png. Every model's seed is a file
-    in the folder too, rolled out only where it is missing.
+    in the folder too, rolled out only where it is missing. Raises ConfigError as contestants does.
     """
     points = [
         point
-        for contestant in contestants(settings, folder)
+        for contestant in contestants(settings, folder, steps)
         for seed in range(seeds)
         for point in _points_of(settings, folder, device, contestant, seed, prompts, times)
     ]
@@ -139,7 +155,7 @@ def mean_of(readings: list[Reading]) -> Reading:
 
 
 def panels(points: list[Point], trained: int) -> list[Panel]:
-    """A panel for each measure, a line for each model: the mean over the seeds, and their spread."""
+    """A panel for each measure, from zero, a line for each model: the mean over the seeds, and their spread."""
     made = []
     for measure_name, title in MEASURES.items():
         lines = []
@@ -149,7 +165,7 @@ def panels(points: list[Point], trained: int) -> list[Panel]:
             lines.append(
                 Line(model, ends, [mean(each) for each in values.values()], list(map(pstdev, values.values())))
             )
-        made.append(Panel(title, lines))
+        made.append(Panel(title, lines, from_zero=True))  # else a spread of the seeds would look like a drift
     return made
 
 
