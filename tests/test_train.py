@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sfrt.backends import Grid
+from sfrt.bundle import Bundle
 from sfrt.cache import KVCache
 from sfrt.config import StreamConfig
 from sfrt.errors import BundleError, ConfigError
@@ -21,7 +22,7 @@ from sfrt.ops.layout import latents_from_tokens, tokens_from_latents
 from sfrt.ring import ring_for
 from sfrt.text import Tokenizer
 from sfrt.transformer import TextKV, rotary_phases
-from sfrt_train import autoencoder, evaluate, export, pairs, self_forcing
+from sfrt_train import __main__, autoencoder, evaluate, export, pairs, self_forcing
 from sfrt_train.clips import Prompts
 from sfrt_train.data import (
     COLOURS,
@@ -41,7 +42,7 @@ from sfrt_train.material import MadeUp
 from sfrt_train.model import VideoModel, trained_model
 from sfrt_train.reader import motion_of, read_scene
 from sfrt_train.settings import Loss, Settings
-from sfrt_train.stages import STAGES
+from sfrt_train.stages import COMPARED, STAGES
 from sfrt_train.vocabulary import make_tokenizer
 from tests.recipe import MICRO, train
 
@@ -299,6 +300,26 @@ def test_the_bundle_streams_and_is_evaluated(trained: Path, tmp_path: Path) -> N
     results = json.loads(report.read_text())
     assert results["prompts"] == len(results["results"]) == 3
     assert results["share_right"]["all"].keys() == evaluate.COLUMNS.keys()
+
+
+def test_one_command_makes_the_model(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is done stays, what is missing is trained, but for what the model is only compared with."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    for stage in ("sharpening", "self_forcing", *COMPARED):
+        (folder / f"{stage}.pt").unlink()
+    kept = weights_of(folder, "regression")
+    monkeypatch.setattr(__main__, "Settings", lambda: MICRO)
+    __main__.recipe(["all", "--folder", str(folder), "--device", "cpu", "--prompts", "2"])
+    assert not any((folder / f"{stage}.pt").exists() for stage in COMPARED)
+    torch.testing.assert_close(weights_of(folder, "regression"), kept, rtol=0, atol=0)
+    told = capsys.readouterr().out
+    assert told.count("reconstructions read right: colour") == 2 and "| all | 2 |" in told
+    made = Bundle.open(folder / export.NAME).load("transformer")
+    own = weights_of(folder, "self_forcing")["transformer.head.linear.weight"]
+    assert torch.equal(made["head.linear.weight"], own.to(made["head.linear.weight"].dtype))
 
 
 def test_only_a_bundle_is_replaced(trained: Path, tmp_path: Path) -> None:

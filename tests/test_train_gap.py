@@ -98,6 +98,9 @@ def test_the_gap_is_written_with_every_seed(trained: Path, tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(gap, "watch", None)  # what is there is not rolled out again
         assert gap.measure(BRIEF, trained, "cpu", tmp_path / "gap.json", prompts=2, seeds=2, times=2) == table
+        (trained / "teacher_forcing.pt").touch()  # trained on
+        with pytest.raises(TypeError, match="not callable"):
+            gap.measure(BRIEF, trained, "cpu", tmp_path / "gap.json", prompts=2, seeds=2, times=2)
     assert (tmp_path / "gap.json").read_bytes() == written
     with (tmp_path / "gap.csv").open() as file:
         rows = list(csv.DictReader(file))

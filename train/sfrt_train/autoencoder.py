@@ -1,7 +1,7 @@
 """Trains the narrow TAEHV on made-up clips: sharp edges, and latents of about unit size that bear some noise.
 
-Stages: autoencoder trains all of it, and its latents are what every later stage learns from. sharpening goes on with
-the decoder alone, which leaves the latents as they are: corners are the last thing that a decoder learns.
+Stages: autoencoder trains all of it, and is what every later stage learns from; it leaves corners blurred. sharpening
+goes on with the decoder alone, for what is shown in the end: latents stay as they are, so no other stage depends on it.
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ def measure(
     """Roll out every model to `times` times the trained length; returns a table.
 
     Writes report (JSON: every seed's means), and beside it a .csv of the same and a .png. Every model's seed is a file
-    in the folder too, rolled out only where it is missing. Raises ConfigError as contestants does.
+    in the folder too, rolled out only where it is missing or older than the model.
+    Raises ConfigError as contestants does.
     """
     points = [
         point
@@ -120,7 +121,8 @@ def _points_of(
 ) -> list[Point]:
     """One model, one seed: a point for every window."""
     path = folder / "gap" / f"{contestant.name}, seed {seed}, {prompts} prompts, {times} times.json"
-    if not path.exists():
+    made_from = [folder / f"{stage}.pt" for stage in (contestant.stage, "sharpening")]
+    if not path.exists() or path.stat().st_mtime < max(each.stat().st_mtime for each in made_from):
         means = _measure_one(settings, folder, device, contestant, seed, prompts, times)
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(".part")

@@ -2,8 +2,7 @@
 
 Weights, gradients and optimizer states are exact: the networks are built without memory and their parameters counted.
 Activations are an estimate: what autograd keeps of a block was counted once, tensor by tensor (tests hold it to that),
-on a CPU; what fused kernels, allocators and the
-autoencoder of longer rollouts want besides is not in it.
+on a CPU; what fused kernels, allocators and the autoencoder of longer rollouts want besides is not in it.
 
 Shapes: D is a model's width, F that of its feed-forward layer, L tokens in a latent frame.
 """
